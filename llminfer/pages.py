@@ -1,0 +1,162 @@
+"""The page tables: which physical page of which group holds which tokens. Reference counts, chained content hashes,
+reuse in least-recently-used order. Imports no jax.
+
+A page is free (count 0) or owned. A full page whose content is known keeps its hash when it is freed, and stays in the
+free list as a cached page until it is its turn to be reused. Every group hashes the same tokens, so one chain of
+digests serves all groups of a sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+
+from llminfer.request import Sequence
+
+
+class Group:
+    """The pages of the layers of one window (0: all positions)."""
+
+    def __init__(self, window: int, total: int):
+        self.window = window
+        self.total = total
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(total))  # oldest first
+        self.count = [0] * total
+        self.page_of: dict[bytes, int] = {}
+        self.hash_of: dict[int, bytes] = {}
+
+    def take(self) -> int:
+        """A page to write on: the one unused for longest; what it cached is forgotten."""
+        page, _ = self.free.popitem(last=False)
+        if (digest := self.hash_of.pop(page, None)) is not None:
+            del self.page_of[digest]
+        self.count[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        if self.count[page] == 0:
+            del self.free[page]
+        self.count[page] += 1
+
+    def drop(self, page: int) -> None:
+        self.count[page] -= 1
+        if self.count[page] == 0:
+            self.free[page] = None
+            if page not in self.hash_of:  # nothing to find there: reuse it first
+                self.free.move_to_end(page, last=False)
+
+    def remember(self, page: int, digest: bytes) -> None:
+        if digest not in self.page_of and page not in self.hash_of:
+            self.page_of[digest] = page
+            self.hash_of[page] = digest
+
+    def first_seen(self, position: int) -> int:
+        """The first position that a token at `position` still sees."""
+        return max(0, position - self.window + 1) if self.window else 0
+
+
+class Pages:
+    """All groups of one engine. Positions and lengths in tokens."""
+
+    def __init__(self, windows: tuple[int, ...], totals: tuple[int, ...], page_size: int, *, prefix_cache: bool):
+        self.page_size = page_size
+        self.prefix_cache = prefix_cache
+        self.groups = [Group(window, total) for window, total in zip(windows, totals, strict=True)]
+
+    @staticmethod
+    def sliding_need(window: int, chunk: int, page_size: int) -> int:
+        """Pages that a sequence of a sliding group holds at most, whatever its length."""
+        return -(-(window + chunk) // page_size) + 1
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def match(self, seq: Sequence) -> int:
+        """Gives a new sequence the cached pages of its longest known prefix; returns the tokens found. The last token
+        of the prompt is always computed again, since its logits are wanted. A hit needs every page of the full groups
+        and, of a sliding group, those that the next token still sees."""
+        seq.pages = [[] for _ in self.groups]
+        if not self.prefix_cache:
+            return 0
+        known = (seq.length - 1) // self.page_size
+        digests = self._digests(seq, known)
+        for group in (g for g in self.groups if not g.window):
+            known = next((i for i in range(known) if digests[i] not in group.page_of), known)
+        while known and not all(self._window_known(group, digests, known) for group in self.groups if group.window):
+            known -= 1
+        tokens = known * self.page_size
+        for group, pages in zip(self.groups, seq.pages, strict=True):
+            start = group.first_seen(tokens) // self.page_size if known else 0
+            pages += [-1] * start + [group.page_of[digest] for digest in digests[start:known]]
+            for page in pages[start:]:
+                group.share(page)
+        seq.findable = known
+        return tokens
+
+    def _window_known(self, group: Group, digests: list[bytes], known: int) -> bool:
+        start = group.first_seen(known * self.page_size) // self.page_size
+        return all(digest in group.page_of for digest in digests[start:known])
+
+    def reserve(self, seq: Sequence, tokens: int, ahead: int = 0) -> bool:
+        """Gives the sequence pages for its first `tokens` positions, and in the full groups for its first `ahead` (the
+        rest of a prompt); all or, when too few are free, nothing. Sliding groups take pages as the window moves."""
+        needs = [self.pages_for(tokens if group.window else max(tokens, ahead)) for group in self.groups]
+        plan = list(zip(self.groups, seq.pages, needs, strict=True))
+        if any(need - len(pages) > len(group.free) for group, pages, need in plan):
+            return False
+        for group, pages, need in plan:
+            pages += [group.take() for _ in range(need - len(pages))]
+        return True
+
+    def computed(self, seq: Sequence) -> None:
+        """After a step: full pages become findable, and pages that no later token sees are let go."""
+        full = seq.computed // self.page_size
+        if self.prefix_cache and full > seq.findable:
+            digests = self._digests(seq, full)
+            for group, pages in zip(self.groups, seq.pages, strict=True):
+                for i in range(seq.findable, full):
+                    if pages[i] >= 0:
+                        group.remember(pages[i], digests[i])
+            seq.findable = full
+        for group, pages in zip(self.groups, seq.pages, strict=True):
+            for i in range(group.first_seen(seq.computed) // self.page_size - 1, -1, -1):
+                if pages[i] < 0:
+                    break
+                group.drop(pages[i])
+                pages[i] = -1
+
+    def release(self, seq: Sequence) -> None:
+        """Takes all pages back; the later ones of the sequence are reused first."""
+        for group, pages in zip(self.groups, seq.pages, strict=True):
+            for page in reversed(pages):
+                if page >= 0:
+                    group.drop(page)
+        seq.pages = []
+        seq.findable = 0
+
+    def forget(self, seq: Sequence) -> None:
+        """What this sequence computed is not to be found again (its numbers went bad)."""
+        for group, pages in zip(self.groups, seq.pages, strict=True):
+            for page in pages:
+                if page >= 0 and group.count[page] == 1 and (digest := group.hash_of.pop(page, None)) is not None:
+                    del group.page_of[digest]
+
+    def _digests(self, seq: Sequence, pages: int) -> list[bytes]:
+        """The chained digests of (at least) the first `pages` pages, kept with the sequence."""
+        if len(seq.hashes) < pages:
+            tokens = array("i", seq.tokens)
+            for i in range(len(seq.hashes), pages):
+                before = seq.hashes[-1] if seq.hashes else hashlib.blake2b(seq.request.params.cache_salt.encode()).digest()
+                content = tokens[i * self.page_size : (i + 1) * self.page_size].tobytes()
+                seq.hashes.append(hashlib.blake2b(before + content, digest_size=16).digest())
+        return seq.hashes
+
+    @property
+    def free(self) -> int:
+        """Pages of the first group that can be had, cached ones included."""
+        return len(self.groups[0].free)
+
+    @property
+    def total(self) -> int:
+        return self.groups[0].total

@@ -1,0 +1,122 @@
+"""The declared set of programs of an engine: compiled ahead of use, in the background, most needed first.
+
+After that nothing is ever compiled: `count_compiles` counts what XLA compiles inside an engine's own calls, and must
+stay 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llminfer import step
+from llminfer.batch import BatchShape, pack, pack_loop
+from llminfer.config import ModelConfig
+from llminfer.scheduler import Plan
+from llminfer.target import Target
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_counting: ContextVar[list[int] | None] = ContextVar("counting", default=None)
+
+
+@dataclass(frozen=True)
+class Program:
+    """kind: mixed | decode | logits; shape: its static sizes."""
+
+    kind: str
+    shape: BatchShape
+
+
+class Programs:
+    """Compiles `wanted` in the background, in that order, and anything else of its kinds when it is asked for."""
+
+    def __init__(self, c: ModelConfig, target: Target, shapes: tuple[Any, Any, Any], most: int, progress: Any = None):
+        """shapes: abstract (weights, cache, last tokens); most: the longest decode loop."""
+        self.c, self.target, self.shapes, self.most = c, target, shapes, most
+        self.seconds: dict[Program, float] = {}
+        self.progress = progress
+        self._pool = ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1)), thread_name_prefix="compile")
+        self._futures: dict[Program, Future] = {}
+
+    def want(self, programs: list[Program]) -> None:
+        """Queues programs for compilation."""
+        for program in programs:
+            if program not in self._futures:
+                self._futures[program] = self._pool.submit(self._compile, program)
+
+    def get(self, program: Program) -> Any:
+        """The compiled program; waits for it if it must."""
+        self.want([program])
+        return self._futures[program].result()
+
+    def lower(self, program: Program) -> Any:
+        """The lowered (not yet compiled) program: for the planner and for tests that read the HLO."""
+        function = {"mixed": step.mixed_step, "logits": step.prompt_logits, "decode": step.decode_loop}[program.kind]
+        extra: tuple[Any, ...] = ()
+        keywords: dict[str, Any] = {}
+        if program.kind == "decode":
+            extra, keywords = (pack_loop(Plan(()), program.shape.rows),), {"most": self.most}
+        function = functools.partial(function, c=self.c, target=self.target, **keywords)
+        batch = pack((), program.shape)
+        return jax.jit(function, donate_argnums=(1, 2)).lower(*self.shapes, batch, *extra)
+
+    def _compile(self, program: Program) -> Any:
+        start = time.perf_counter()
+        handle = self.progress.task(f"compile {program.kind} {program.shape.tokens}", 1) if self.progress else None
+        compiled = self.lower(program).compile()
+        self.seconds[program] = time.perf_counter() - start
+        if handle:
+            handle.advance(1)
+            handle.done()
+        return compiled
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def count_compiles(counter: list[int]) -> Iterator[None]:
+    """While this runs (in this thread), each compilation by XLA adds one to counter[0]."""
+    _listen()
+    token = _counting.set(counter)
+    try:
+        yield
+    finally:
+        _counting.reset(token)
+
+
+@functools.cache
+def _listen() -> None:
+    def heard(event: str, *_: Any, **__: Any) -> None:
+        if event == _COMPILE_EVENT and (counter := _counting.get()) is not None:
+            counter[0] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Turns on XLA's persistent compilation cache in `folder`, unless the user has set one up already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def abstract(tree: Any) -> Any:
+    """ShapeDtypeStructs of a tree of arrays, with their shardings."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def last_tokens(slots: int) -> jax.Array:
+    return jnp.zeros(slots, jnp.int32)

@@ -1,0 +1,187 @@
+"""What the next step does: which sequences, how many tokens of each, how many decode steps. Imports no jax.
+
+First come, first served through a fixed number of slots. A step either mixes chunks of prompts with one token of every
+decoding sequence, or, when no prompt is under way, is a loop of decode steps. Admission is optimistic: it takes the
+pages of the prompt; when pages run out the latest sequence gives its pages back and is computed again later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from llminfer.pages import Pages
+from llminfer.request import FinishReason, Sequence
+
+
+@dataclass(frozen=True)
+class Item:
+    """`count` tokens of `seq` from position `start`; draws: how many tokens may be drawn after the last of them (more
+    than one only in a decode loop)."""
+
+    seq: Sequence
+    start: int
+    count: int
+    draws: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step. steps 0: a mixed step of ragged items; else a decode loop of up to that many steps, one token an item.
+    eager: leave the loop as soon as a sequence ends, because another waits for its slot."""
+
+    items: tuple[Item, ...]
+    steps: int = 0
+    eager: bool = False
+
+
+class Scheduler:
+    """Owns the queue, the slots and, through Pages, the cache's memory. chunk: prompt tokens a step; decode_steps: the
+    longest decode loop."""
+
+    def __init__(self, pages: Pages, *, slots: int, chunk: int, decode_steps: int):
+        self.pages = pages
+        self.chunk = chunk
+        self.decode_steps = decode_steps
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission
+        self.free_slots = list(range(slots))[::-1]
+        self.preemptions = 0
+        self.prefix_hit_tokens = 0
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def schedule(self, most: int | None = None) -> Plan | None:
+        """The next step, its pages reserved; None when nothing is left to do. most: a shorter decode loop this time."""
+        self._admit()
+        if not self.running:
+            return None
+        if any(self._prefilling(seq) for seq in self.running):
+            return self._mixed()
+        return self._decode(min(self.decode_steps, most or self.decode_steps))
+
+    def abort(self, seq: Sequence) -> None:
+        """Ends a sequence wherever it is."""
+        if seq.finish is None:
+            self._finish(seq, FinishReason.ABORT)
+
+    def commit(self, plan: Plan, drawn: list[list[int]]) -> list[Sequence]:
+        """Books a step's result: drawn[i] are the new tokens of plan.items[i], a negative one for logits that were not
+        numbers. Returns the sequences that got a token or ended."""
+        touched = []
+        for item, tokens in zip(plan.items, drawn, strict=True):
+            seq = item.seq
+            if seq.finish is not None:
+                continue  # aborted meanwhile
+            seq.computed = item.start + item.count + max(0, len(tokens) - 1)
+            for token in tokens:
+                self._append(seq, token)
+                if seq.finish is not None:
+                    break
+            else:
+                self.pages.computed(seq)
+            if tokens:
+                touched.append(seq)
+        return touched
+
+    def end(self, seq: Sequence, reason: FinishReason) -> None:
+        """Ends a sequence from outside the token stream: a stop string, an error."""
+        if seq.finish is None:
+            self._finish(seq, reason)
+
+    def _append(self, seq: Sequence, token: int) -> None:
+        if token < 0:
+            self._finish(seq, FinishReason.ERROR)
+            return
+        seq.output.append(token)
+        if token in seq.request.end_ids:
+            self._finish(seq, FinishReason.STOP)
+        elif seq.remaining <= 0:
+            self._finish(seq, FinishReason.LENGTH)
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        seq.finish = reason
+        if seq in self.running:
+            if reason is FinishReason.ERROR:
+                self.pages.forget(seq)
+            elif reason is not FinishReason.ABORT:
+                self.pages.computed(seq)
+            self._leave(seq)
+        else:
+            self.waiting.remove(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.pages.release(seq)
+        self.free_slots.append(seq.slot)
+        seq.slot = -1
+
+    @staticmethod
+    def _prefilling(seq: Sequence) -> bool:
+        """More than its last token is still to be computed."""
+        return seq.length - seq.computed > 1
+
+    def _admit(self) -> None:
+        while self.waiting and self.free_slots:
+            seq = self.waiting[0]
+            found = self.pages.match(seq)
+            if not self.pages.reserve(seq, found, ahead=seq.length):
+                self.pages.release(seq)
+                return
+            self.waiting.popleft()
+            seq.computed = found
+            if not seq.preemptions:
+                seq.cached = found
+                self.prefix_hit_tokens += found
+            seq.slot = self.free_slots.pop()
+            self.running.append(seq)
+
+    def _mixed(self) -> Plan:
+        """One token of each decoding sequence, then prompts in order of arrival until the chunk is full."""
+        items: list[Item] = []
+        left = self.chunk
+        for seq in list(self.running):
+            if seq.slot < 0:
+                continue  # preempted by an earlier one
+            prefilling = self._prefilling(seq)
+            count = min(seq.length - seq.computed, left) if prefilling else 1
+            if count and self._reserve(seq, seq.computed + count, items):
+                left -= count if prefilling else 0
+                items.append(Item(seq, seq.computed, count, int(seq.computed + count == seq.length)))
+        return Plan(tuple(items))
+
+    def _decode(self, most: int) -> Plan:
+        """As many steps as the longest sequence needs and the limit allows; each sequence draws what its pages carry."""
+        items: list[Item] = []
+        steps = min(most, max(seq.remaining for seq in self.running))
+        for seq in list(self.running):
+            if seq.slot < 0:
+                continue
+            draws = min(steps, seq.remaining)
+            while draws > 1 and not self.pages.reserve(seq, seq.computed + draws):
+                draws //= 2
+            if self._reserve(seq, seq.computed + draws, items):
+                items.append(Item(seq, seq.computed, 1, draws))
+        return Plan(tuple(items), steps=max(item.draws for item in items), eager=bool(self.waiting))
+
+    def _reserve(self, seq: Sequence, tokens: int, items: list[Item]) -> bool:
+        """Reserves pages, taking them from the sequences admitted last where it must, never from one already planned."""
+        planned = {id(item.seq) for item in items}
+        while not self.pages.reserve(seq, tokens):
+            victim = next(s for s in reversed(self.running) if id(s) not in planned)
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._leave(seq)
+        seq.computed = 0
+        seq.preemptions += 1
+        self.preemptions += 1
+        self.waiting.appendleft(seq)

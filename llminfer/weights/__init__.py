@@ -1,0 +1,134 @@
+"""Opening a model from disk: `open_model` reads headers only, `Checkpoint.load` the weights. Imports no jax until then."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llminfer.config import ModelConfig, from_hf, from_toml
+from llminfer.errors import UserError, refuse
+from llminfer.progress import Progress
+from llminfer.weights import assemble, gguf, safetensors, store
+from llminfer.weights.demo import demo_path
+
+if TYPE_CHECKING:
+    from llminfer.params import Params
+
+LEGAL = "legal: demo, a directory with config.json and safetensors, a .gguf file, or config:NAME"
+MAX_CONFIG_BYTES = 10_000_000
+
+
+@dataclass
+class Checkpoint:
+    """A model that was opened and found whole, as far as headers tell.
+
+    source: what to call it in messages; random: it has no weights (config:NAME); metadata: of a GGUF file; directory: of a
+    safetensors checkpoint; prepared_root: where dequantized weights are kept between starts, None to keep none; prepared_key: their key."""
+
+    config: ModelConfig
+    source: str
+    random: bool = False
+    metadata: dict[str, Any] | None = None
+    directory: Path | None = None
+    prepared_root: Path | None = None
+    prepared_key: dict[str, Any] | None = None
+    tensors: assemble.Source | None = None
+
+    def load(self, progress: Progress | None = None) -> Params:
+        """The weights as NumPy arrays in the listed layout, perhaps read-only. float32 from GGUF; from safetensors
+        bfloat16 where the file is bfloat16, else float32. Raises UserError; a random model has no weights to load."""
+        if self.tensors is None:
+            raise UserError(f"{self.source}: has no stored weights, only a config")
+        if self.prepared_root is None or self.prepared_key is None:
+            return assemble.assemble(self.tensors, self.config, self.source, progress)
+        tensors, shapes = self.tensors, assemble.flat_shapes(self.config)
+
+        def build() -> store.Flat:
+            return assemble.read_flat(tensors, self.config, self.source, progress)
+
+        flat = store.prepared(self.prepared_key, shapes, build, self.prepared_root)
+        return assemble.params_from_flat(flat, self.config)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer (llminfer.tokenizer), or None when the model has none."""
+        if self.random:
+            return None
+        # Imports the tokenizers package, which a caller that only wants shapes does not need.
+        from llminfer import tokenizer
+
+        if self.metadata is not None:
+            return tokenizer.from_gguf(self.metadata)
+        return None if self.directory is None else tokenizer.from_directory(self.directory)
+
+
+def open_model(model: str, cache_dir: str | None = None, progress: Progress | None = None) -> Checkpoint:
+    """Opens a model by name and checks its headers; no weights are read and jax is not imported.
+
+    model: "demo", a directory with config.json and safetensors, a .gguf file, or "config:NAME".
+    cache_dir: see store.cache_root. progress: shows the download of the demo model.
+    Raises UserError for anything else, and for a damaged, incomplete or unsupported checkpoint."""
+    if not isinstance(model, str) or not model or "\0" in model:
+        raise refuse("model", model, LEGAL)
+    if model.startswith("config:"):
+        return Checkpoint(from_toml(model.removeprefix("config:")), model, random=True)
+    if model == "demo":
+        return _open_gguf(demo_path(cache_dir, progress), cache_dir)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _open_directory(path)
+    if path.suffix == ".gguf" or path.is_file():
+        return _open_gguf(path, cache_dir)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
+        raise refuse(
+            "model",
+            model,
+            "there is no such path; if it is a Hugging Face id: downloads from the hub are not supported in this version, "
+            "download the repository yourself and give the directory that has its config.json and safetensors",
+        )
+    raise refuse("model", model, f"there is no such path; {LEGAL}")
+
+
+def _open_gguf(path: Path, cache_dir: str | None) -> Checkpoint:
+    file = gguf.GgufFile(path)
+    config = gguf.read_config(file)
+    source = gguf.GgufSource(file, config)
+    assemble.check(source.shapes(), config, str(path))
+    root = store.cache_root(cache_dir) / "prepared"
+    return Checkpoint(config, str(path), metadata=file.metadata, prepared_root=root, prepared_key=store.file_key(path), tensors=source)
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: has no config.json; {LEGAL}")
+    config = _read_config(path)
+    source = safetensors.SafetensorsSource(path)
+    assemble.check(source.shapes(), config, str(path))
+    return Checkpoint(config, str(path), directory=path, tensors=source)
+
+
+def _read_config(path: Path) -> ModelConfig:
+    data = _read_json(path / "config.json")
+    if data.get("quantization_config"):
+        raise UserError(
+            f"{path}: quantization_config: quantized Hugging Face checkpoints are not supported; legal: float32, float16, bfloat16"
+        )
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        # Where both name end tokens, text generation follows generation_config.json.
+        eos = _read_json(generation).get("eos_token_id")
+        data = data if eos is None else {**data, "eos_token_id": eos}
+    try:
+        return from_hf(data, path.resolve().name)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: config.json has a field of the wrong type ({error})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return safetensors.parse_object(safetensors.read_bounded(path, MAX_CONFIG_BYTES), path)
+
+
+__all__ = ["Checkpoint", "open_model"]

@@ -1,0 +1,166 @@
+"""Attention of a ragged batch over a paged KV cache, and the write of the new keys and values into their pages.
+
+Each sequence r of R brings q_len[r] new tokens (0, 1 or many): rows q_start[r] .. q_start[r]+q_len[r]-1 of q, k and v,
+at positions kv_len[r]-q_len[r] .. kv_len[r]-1 of its context. Their keys and values go into the cache first; then each
+token attends to positions max(0, p-window+1) .. p of its own sequence (window 0: 0 .. p). Logical page i of sequence r
+is physical page page_table[r, i]. What no sequence owns may hold anything, NaN included.
+
+    q [T, Hq, D]   k, v [T, Hkv, D]   kv [L, P, Hkv, page, 2 * D]: keys in lanes 0..D-1, values in lanes D..2*D-1
+    page_table int32 [R, pages_per_sequence]   q_start, q_len, kv_len int32 [R]   layer, window int32 scalars
+
+Keys and values share the lanes of one row so that a token of one head is one contiguous vector: head_dim 64 then fills
+the 128 lanes of a TPU register, and a page is one transfer. Online softmax: Milakov and Gimelshein, arXiv 1805.02867;
+pages: Kwon et al., arXiv 2309.06180.
+
+`impl` chooses the body: "reference" (plain jnp, below: the contract and what a CPU runs), "pallas" (the TPU kernel of
+paged_attention_tpu.py), "interpret" (that kernel, interpreted on a CPU).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Tokens of context handled at a time by the reference. 128 was the best of 128, 256, 512 on XLA:CPU (LOG.md).
+KV_BLOCK = 128
+# Query rows handled at a time by the reference when a sequence brings more than one.
+Q_BLOCK = 64
+_NEG = -1e30
+
+
+def paged_attention(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, q_max, softcap=None, impl="reference"):
+    """Writes k and v into kv and attends. Returns (out [T, Hq, D] of q's dtype, kv); rows of T that belong to no
+    sequence come back as zeros. q_max: static bound of q_len (1: pure decode). softcap: scores become
+    softcap * tanh(scores / softcap). Raises ValueError for shapes that cannot work."""
+    check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max)
+    args = dict(layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len, window=window)
+    args |= dict(scale=scale, softcap=softcap, q_max=q_max)
+    if impl == "reference":
+        return paged_attention_reference(q, k, v, kv, **args)
+    if impl not in ("pallas", "interpret"):
+        raise ValueError(f"impl={impl!r}: legal: reference, pallas, interpret")
+    from pallas_kernels.paged_attention_tpu import paged_attention_tpu
+
+    return paged_attention_tpu(q, k, v, kv, **args, interpret=impl == "interpret")
+
+
+def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max):
+    """Static checks shared by all bodies: names the dimension that is wrong. Raises ValueError."""
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or kv.ndim != 5:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}, kv {kv.shape}: need [T,Hq,D], [T,Hkv,D] twice and [L,P,Hkv,page,2D]")
+    tokens, q_heads, dim = q.shape
+    kv_heads = kv.shape[2]
+    if k.shape != (tokens, kv_heads, dim):
+        raise ValueError(f"k {k.shape}: must be [{tokens}, {kv_heads}, {dim}] for q {q.shape} and kv {kv.shape}")
+    if kv.shape[4] != 2 * dim:
+        raise ValueError(f"kv lanes {kv.shape[4]}: must be twice head_dim={dim}")
+    if q_heads % kv_heads:
+        raise ValueError(f"query heads {q_heads}: must be a multiple of the {kv_heads} kv heads")
+    if kv.shape[3] % 8:
+        raise ValueError(f"page size {kv.shape[3]}: must be a multiple of 8")
+    rows = page_table.shape[0]
+    if any(x.shape != (rows,) for x in (q_start, q_len, kv_len)):
+        raise ValueError(f"q_start {q_start.shape}, q_len {q_len.shape}, kv_len {kv_len.shape}: must all be [{rows}], as page_table")
+    if not 1 <= q_max <= tokens:
+        raise ValueError(f"q_max={q_max}: must be from 1 to the {tokens} rows of q")
+
+
+def paged_attention_reference(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, softcap, q_max):
+    """The contract in plain jnp: see the module. Work grows with the longest live context, not with the table."""
+    kv = write_pages(k, v, kv, layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len)
+    pages_a_block = max(1, KV_BLOCK // kv.shape[3])
+    # dynamic_slice clamps: a table that is a whole number of blocks long keeps the last block where it belongs.
+    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_a_block)))
+    look = functools.partial(
+        _look, kv=kv, layer=layer, window=window, scale=scale, softcap=softcap, pages_a_block=pages_a_block
+    )
+    if q_max == 1:
+        rows = jnp.clip(q_start, 0, q.shape[0] - 1)
+        live = q_len > 0
+        pos = jnp.where(live, kv_len - 1, -1)
+        out = look(q[rows][:, None], pos[:, None], page_table)[:, 0]
+        return jnp.zeros_like(q).at[jnp.where(live, q_start, q.shape[0])].set(out.astype(q.dtype), mode="drop"), kv
+    return _prefill(q, page_table, q_start, q_len, kv_len, look), kv
+
+
+def write_pages(k, v, kv, *, layer, page_table, q_start, q_len, kv_len):
+    """Scatters the new rows into their pages: in place when kv is donated. Rows of nobody are dropped."""
+    token = jnp.arange(k.shape[0])[:, None]
+    mine = (token >= q_start) & (token < q_start + q_len)  # [T, R]
+    owner = jnp.argmax(mine, axis=1)
+    pos = (kv_len - q_len - q_start)[owner] + token[:, 0]
+    page_size = kv.shape[3]
+    page = page_table[owner, jnp.clip(pos // page_size, 0, page_table.shape[1] - 1)]
+    page = jnp.where(mine.any(1), page, kv.shape[1])  # out of range: dropped
+    new = jnp.concatenate([k, v], axis=-1).astype(kv.dtype)  # [T, Hkv, 2D]
+    heads = jnp.arange(kv.shape[2])
+    return kv.at[layer, page[:, None], heads[None], (pos % page_size)[:, None]].set(new, mode="drop")
+
+
+def _look(q, pos, table, *, kv, layer, window, scale, softcap, pages_a_block):
+    """Attention of q [R, C, Hq, D] at positions pos [R, C] (-1: nothing to see) over the pages of table [R, n].
+    Returns float32 [R, C, Hq, D]. A loop over blocks of pages, from the first that a window reaches to the last."""
+    rows, chunk, q_heads, dim = q.shape
+    heads, page_size = kv.shape[2], kv.shape[3]
+    group, block = q_heads // heads, pages_a_block * page_size
+    precision = lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None
+    # [R, Hkv, C * G, 2D]: zeros under the value lanes, so that one product reads whole rows and copies nothing.
+    q = (q * scale).astype(kv.dtype).reshape(rows, chunk, heads, group, dim).swapaxes(1, 2).reshape(rows, heads, chunk * group, dim)
+    if chunk == 1:
+        q = jnp.concatenate([q, jnp.zeros_like(q)], axis=-1)
+    pos = jnp.broadcast_to(pos[:, :, None], (rows, chunk, group)).reshape(rows, 1, chunk * group, 1)
+    low = jnp.where(window > 0, pos - window + 1, 0)
+    first = jnp.maximum(jnp.min(jnp.where(pos >= 0, low, jnp.iinfo(jnp.int32).max)), 0) // block
+    last = (jnp.max(pos) + block) // block
+
+    def step(carry):
+        i, top, total, acc = carry
+        ids = lax.dynamic_slice_in_dim(table, i * pages_a_block, pages_a_block, axis=1)
+        found = kv[layer, ids].swapaxes(1, 2).reshape(rows, heads, block, 2 * dim)
+        at = i * block + jnp.arange(block)
+        inside = (at <= pos) & (at >= low)  # [R, 1, C * G, block]
+        # Values that nobody may see become 0: a NaN there would survive its zero weight.
+        seen = inside.any(axis=2)[..., None]
+        found = jnp.where(seen, found, 0)
+        keys = found if chunk == 1 else found[..., :dim]
+        values = found if chunk == 1 else found[..., dim:]
+        scores = jnp.einsum("rhqd,rhtd->rhqt", q, keys, precision=precision, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        scores = jnp.where(inside, scores, _NEG)
+        new_top = jnp.maximum(top, scores.max(-1))
+        weight = jnp.exp(scores - new_top[..., None])
+        keep = jnp.exp(top - new_top)
+        mixed = jnp.einsum("rhqt,rhtd->rhqd", weight.astype(kv.dtype), values, precision=precision, preferred_element_type=jnp.float32)
+        return i + 1, new_top, total * keep + weight.sum(-1), acc * keep[..., None] + mixed[..., -dim:]
+
+    shape = (rows, heads, chunk * group)
+    start = (first, jnp.full(shape, _NEG, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, dim), jnp.float32))
+    _, top, total, acc = lax.while_loop(lambda c: c[0] < last, step, start)
+    # A row that saw nothing kept top = _NEG: its weights were exp(0) of nobody's scores.
+    out = jnp.where((top > _NEG)[..., None], acc / jnp.maximum(total, 1e-30)[..., None], 0)
+    return out.reshape(rows, heads, chunk, group, dim).swapaxes(1, 2).reshape(rows, chunk, q_heads, dim)
+
+
+def _prefill(q, page_table, q_start, q_len, kv_len, look):
+    """Blocks of query rows one after the other, as many as the live sequences have: padding costs nothing."""
+    size = min(Q_BLOCK, q.shape[0])
+    ends = jnp.cumsum((q_len + size - 1) // size)  # blocks up to and including each sequence
+    padded = jnp.pad(q, ((0, size), (0, 0), (0, 0)))
+
+    def step(carry):
+        i, out = carry
+        row = jnp.searchsorted(ends, i, side="right")
+        offset = (i - jnp.where(row > 0, ends[row - 1], 0)) * size + jnp.arange(size)
+        inside = offset < q_len[row]
+        pos = jnp.where(inside, kv_len[row] - q_len[row] + offset, -1)
+        start = q_start[row] + offset[0]
+        found = look(lax.dynamic_slice_in_dim(padded, start, size)[None], pos[None], page_table[row][None])[0]
+        old = lax.dynamic_slice_in_dim(out, start, size)
+        return i + 1, lax.dynamic_update_slice_in_dim(out, jnp.where(inside[:, None, None], found.astype(q.dtype), old), start, axis=0)
+
+    out = lax.while_loop(lambda c: c[0] < ends[-1], step, (0, jnp.zeros_like(padded)))[1]
+    return out[: q.shape[0]]

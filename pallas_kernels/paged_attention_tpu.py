@@ -1,0 +1,488 @@
+"""Paged attention for TPU: causal (optionally windowed) attention over a paged cache that it also extends, in place.
+
+Algorithm. The cache stays in HBM. The query rows are cut into tiles (one token for decode, 16 to 128 tokens otherwise) and each
+overlap of a tile with a sequence is one work item, one grid step. An item walks over the blocks of keys that its rows can see,
+several pages a block, copied page by page into one of two VMEM buffers while the other is in use; the next item's first block is
+requested during the last block of this one. Softmax is online, in float32.
+
+The item's own new keys and values are the last positions that it sees. They are patched into the block in VMEM and written to
+the cache from there, in aligned windows of rows, since a single row of a tiled array cannot be addressed. Three rules keep reads
+and writes of the same rows in order:
+  1. an item sees no position after its own last one, so the new rows it needs are its own or those of earlier items;
+  2. items of one sequence run in order, and a sequence's item begins by waiting for the writes of the item before it;
+  3. the first block of the next item is only requested early if it ends before the first row this call writes to that sequence.
+
+Sources: Dao et al., FlashAttention-2 (arXiv 2307.08691), for the online softmax; Kwon et al., PagedAttention (arXiv 2309.06180).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+MASKED = -1e30  # finite, so that a row which sees nothing of a block stays free of NaN until a block that it sees rescales it
+BLOCK_KEYS = 1024  # keys a block, before VMEM bounds it
+BLOCK_BYTES = 4 << 20  # of one of the two key-value buffers
+TILE_ROWS = 2048  # rows (tokens x query heads) of one query tile
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Everything static about one kernel. Sizes in elements."""
+
+    heads: int  # key-value heads
+    group: int  # query heads of one key-value head
+    head_dim: int
+    page: int
+    pages_per_seq: int
+    block_pages: int
+    tile: int  # tokens of a query tile; 1 = decode
+    rows: int  # rows of a query tile and key-value head: (group, token) flattened, or the group padded, for decode
+    align: int  # rows of a window written to the cache
+    scale: float
+    softcap: float | None
+    compute: jnp.dtype  # of the operands of the matrix products
+
+    @property
+    def block(self) -> int:
+        return self.block_pages * self.page
+
+    @property
+    def split(self) -> bool:
+        """Whether keys and values can be cut out of a cache row at a lane tile. If not, a query is padded with zeros instead."""
+        return self.head_dim % LANES == 0
+
+    @property
+    def width(self) -> int:
+        """Lanes of a query row and of an output row."""
+        return self.head_dim if self.split else 2 * self.head_dim
+
+    @property
+    def value_lane(self) -> int:
+        return self.head_dim if self.split else 0
+
+    @property
+    def windows(self) -> int:
+        """Windows that one item's new rows can touch."""
+        return 1 if self.tile == 1 else 2
+
+    @property
+    def write_rows(self) -> int:
+        """Rows of one write: a window, or a page if that is smaller."""
+        return min(self.align, self.page)
+
+
+class _Scalars(NamedTuple):
+    """The prefetched integers, in SMEM inside the kernel."""
+
+    layer: jax.Array  # [1]
+    window: jax.Array  # [1], 0 = full attention
+    page_table: jax.Array  # [R * pages_per_seq]
+    q_start: jax.Array  # [R]
+    q_len: jax.Array  # [R]
+    kv_len: jax.Array  # [R]
+    item_seq: jax.Array  # [items]
+    item_tile: jax.Array  # [items]
+    item_count: jax.Array  # [1]
+
+
+class _Item(NamedTuple):
+    """One work item: `count` new tokens of sequence `seq`, rows `row`.. of the tile, positions `first`..`end`-1; sees `low`..`end`-1."""
+
+    seq: jax.Array
+    row: jax.Array
+    first: jax.Array
+    end: jax.Array
+    low: jax.Array
+
+
+def _item(plan: _Plan, s: _Scalars, i) -> _Item:
+    seq, tile_row = s.item_seq[i], s.item_tile[i] * plan.tile
+    start, length = s.q_start[seq], s.q_len[seq]
+    row_from, row_to = jnp.maximum(start, tile_row), jnp.minimum(start + length, tile_row + plan.tile)
+    first = s.kv_len[seq] - length + row_from - start
+    low = jnp.where(s.window[0] > 0, jnp.maximum(first - s.window[0] + 1, 0), 0)
+    return _Item(seq, row_from - tile_row, first, first + row_to - row_from, low)
+
+
+def _requested_early(plan: _Plan, s: _Scalars, i, item: _Item):
+    """Whether the item before `i` requested the first block of `i` (rule 3)."""
+    written_from = (s.kv_len[item.seq] - s.q_len[item.seq]) // plan.align * plan.align
+    clean = (item.low // plan.block + 1) * plan.block <= written_from
+    return (i > 0) & ((s.item_seq[jnp.maximum(i - 1, 0)] != item.seq) | clean)
+
+
+def _pages_of(plan: _Plan, item: _Item, b):
+    """First and past-the-end logical page of block `b` that the item sees."""
+    return jnp.maximum(b * plan.block_pages, item.low // plan.page), jnp.minimum((b + 1) * plan.block_pages, pl.cdiv(item.end, plan.page))
+
+
+class _Reader(NamedTuple):
+    """Copies blocks of pages from the cache into one of two VMEM buffers."""
+
+    plan: _Plan
+    s: _Scalars
+    kv: jax.Array
+    buf: jax.Array
+    sem: jax.Array
+
+    def _copy(self, page_id, row, slot):
+        dst = self.buf.at[slot, :, pl.ds(row, self.plan.page), :]
+        return pltpu.make_async_copy(self.kv.at[self.s.layer[0], page_id], dst, self.sem.at[slot])
+
+    def start(self, item: _Item, b, slot):
+        plan, base = self.plan, item.seq * self.plan.pages_per_seq
+
+        def one(j, _):
+            row = pl.multiple_of((j - b * plan.block_pages) * plan.page, plan.page)
+            self._copy(self.s.page_table[base + j], row, slot).start()
+
+        first, end = _pages_of(plan, item, b)
+        full = end - first == plan.block_pages
+
+        @pl.when(full)
+        def _():
+            for j in range(plan.block_pages):
+                self._copy(self.s.page_table[base + b * plan.block_pages + j], j * plan.page, slot).start()
+
+        @pl.when(jnp.logical_not(full))
+        def _():
+            lax.fori_loop(first, end, one, None)
+
+    def wait(self, item: _Item, b, slot):
+        first, end = _pages_of(self.plan, item, b)
+        full = end - first == self.plan.block_pages
+
+        @pl.when(full)
+        def _():
+            whole = self.buf.at[slot]
+            pltpu.make_async_copy(whole, whole, self.sem.at[slot]).wait()
+
+        @pl.when(jnp.logical_not(full))
+        def _():
+            lax.fori_loop(first, end, lambda j, _: self._copy(0, 0, slot).wait(), None)
+
+
+class _Writer(NamedTuple):
+    """Patches new rows into a block and writes them to the cache; `pending` counts its unfinished writes, by parity of the item."""
+
+    plan: _Plan
+    s: _Scalars
+    kv: jax.Array
+    buf: jax.Array
+    new: jax.Array
+    stage: jax.Array
+    pending: jax.Array
+    sem: jax.Array
+
+    def drain(self, parity):
+        rows = self.stage.at[parity, 0, :, pl.ds(0, self.plan.write_rows), :]
+        lax.fori_loop(0, self.pending[parity], lambda j, _: pltpu.make_async_copy(rows, rows, self.sem.at[parity]).wait(), None)
+        self.pending[parity] = 0
+
+    def _new_rows(self, h, shift):
+        """New rows of head h in float32, moved so that a row's index is its position modulo the window size."""
+        if self.plan.tile == 1:
+            return jnp.broadcast_to(self.new[0, pl.ds(h, 1), :].astype(jnp.float32), (self.plan.align, 2 * self.plan.head_dim))
+        return pltpu.roll(self.new[0, h].astype(jnp.float32), shift, 0)
+
+    def patch(self, item: _Item, b, slot, parity):
+        """Puts the item's new rows of block b into the buffer and starts their way to the cache."""
+        for w in range(self.plan.windows):
+            start = (item.first // self.plan.align + w) * self.plan.align
+            pl.when((start < item.end) & (start // self.plan.block == b))(functools.partial(self._patch_window, item, start, b, slot, parity, w))
+
+    def _patch_window(self, item: _Item, start, b, slot, parity, w):
+        plan = self.plan
+        pos = start + lax.broadcasted_iota(jnp.int32, (plan.align, 2 * plan.head_dim), 0)
+        is_new = (pos >= item.first) & (pos < item.end)
+        rows = pl.ds(pl.multiple_of(start - b * plan.block, plan.align), plan.align)
+        shift = lax.rem(item.first - item.row + plan.tile, plan.align)
+        for h in range(plan.heads):
+            merged = jnp.where(is_new, self._new_rows(h, shift), self.buf[slot, h, rows, :].astype(jnp.float32)).astype(self.buf.dtype)
+            self.buf[slot, h, rows, :] = merged
+            self.stage[parity, w, h] = merged
+        for j in range(0, plan.align, plan.write_rows):
+            at = start + j
+            pl.when((at < item.end) & (at + plan.write_rows > item.first))(functools.partial(self._write, item, at, parity, w, j))
+
+    def _write(self, item: _Item, at, parity, w, j):
+        plan = self.plan
+        page_id = self.s.page_table[item.seq * plan.pages_per_seq + at // plan.page]
+        rows = pl.ds(pl.multiple_of(lax.rem(at, plan.page), plan.write_rows), plan.write_rows)
+        src = self.stage.at[parity, w, :, pl.ds(j, plan.write_rows), :]
+        pltpu.make_async_copy(src, self.kv.at[self.s.layer[0], page_id, :, rows, :], self.sem.at[parity]).start()
+        self.pending[parity] += 1
+
+
+def _clear_unseen_values(plan: _Plan, item: _Item, b, buf, slot):
+    """Zeroes the values of block b that no row of the item may see: zero weight times what lies there must not be NaN."""
+    base = b * plan.block
+
+    def one(j, _):
+        first = base + j * plan.page
+
+        @pl.when((first < item.low) | (first + plan.page > item.end))
+        def _():
+            rows, lanes = pl.ds(pl.multiple_of(j * plan.page, plan.page), plan.page), slice(plan.value_lane, 2 * plan.head_dim)
+            pos = first + lax.broadcasted_iota(jnp.int32, (plan.page, 2 * plan.head_dim - plan.value_lane), 0)
+            seen = (pos >= item.low) & (pos < item.end)
+            for h in range(plan.heads):
+                buf[slot, h, rows, lanes] = jnp.where(seen, buf[slot, h, rows, lanes].astype(jnp.float32), 0.0).astype(buf.dtype)
+
+    pl.when((base < item.low) | (base + plan.block > item.end))(lambda: lax.fori_loop(0, plan.block_pages, one, None))
+
+
+def _visible(plan: _Plan, s: _Scalars, item: _Item, b):
+    """Mask [rows, block]: which keys of block b each row sees."""
+    shape = (plan.rows, plan.block)
+    token = lax.broadcasted_iota(jnp.int32, shape, 0) & (plan.tile - 1)
+    row_pos = item.first - item.row + token
+    key_pos = b * plan.block + lax.broadcasted_iota(jnp.int32, shape, 1)
+    oldest = jnp.where(s.window[0] > 0, row_pos - s.window[0], -1)
+    return (key_pos <= row_pos) & (key_pos > oldest)
+
+
+def _attend_block(plan: _Plan, h, q, kv, visible, acc, top, total):
+    """One step of the online softmax: rows q [rows, width] of head h against a block kv [block, 2 * head_dim]."""
+    precision = lax.Precision.HIGHEST if plan.compute == jnp.float32 else lax.Precision.DEFAULT
+    dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+    keys, values = kv[:, : plan.width].astype(plan.compute), kv[:, plan.value_lane :].astype(plan.compute)
+    scores = dot(q, keys, (((1,), (1,)), ((), ()))) * plan.scale
+    if plan.softcap is not None:
+        scores = jnp.tanh(scores / plan.softcap) * plan.softcap
+    scores = jnp.where(visible, scores, MASKED)
+    old_top = top[h]
+    new_top = jnp.maximum(old_top, jnp.max(scores, axis=1, keepdims=True))
+    weights, shrink = jnp.exp(scores - new_top[:, :1]), jnp.exp(old_top - new_top)
+    top[h] = new_top
+    total[h] = total[h] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+    acc[h] = acc[h] * shrink[:, :1] + dot(weights.astype(plan.compute), values, (((1,), (0,)), ((), ())))
+
+
+def _for_heads(plan: _Plan, body):
+    """Runs body(h) for each key-value head, unrolled as far as the tile is small, so that the heads overlap in the schedule."""
+    step = math.gcd(plan.heads, max(1, 128 // plan.rows))
+    if step == plan.heads:
+        for h in range(plan.heads):
+            body(h)
+        return
+
+    def some(n, _):
+        for h in range(step):
+            body(n * step + h)
+
+    lax.fori_loop(0, plan.heads // step, some, None)
+
+
+def _run_item(plan: _Plan, s: _Scalars, reader: _Reader, writer: _Writer, q_ref, out_ref, softmax, slot_ref):
+    """Attention of one work item; leaves the result in out_ref and the slot of the next item's first block in slot_ref."""
+    i, parity = pl.program_id(0), lax.rem(pl.program_id(0), 2)
+    item, last = _item(plan, s, i), i + 1 == s.item_count[0]
+    following = _item(plan, s, jnp.where(last, i, i + 1))
+    ask_early = jnp.logical_not(last) & _requested_early(plan, s, i + 1, following)
+    first_block, end_block, slot0 = item.low // plan.block, pl.cdiv(item.end, plan.block), slot_ref[0]
+    acc, top, total = softmax
+
+    writer.drain(parity)
+    pl.when((i > 0) & (s.item_seq[jnp.maximum(i - 1, 0)] == item.seq))(lambda: writer.drain(1 - parity))
+    pl.when(jnp.logical_not(_requested_early(plan, s, i, item)))(lambda: reader.start(item, first_block, slot0))
+    acc[...], total[...] = jnp.zeros_like(acc), jnp.zeros_like(total)
+    top[...] = jnp.full_like(top, MASKED)
+
+    def block(b, _):
+        slot = (slot0 + b - first_block) % 2
+        more = b + 1 < end_block
+        pl.when(more)(lambda: reader.start(item, b + 1, 1 - slot))
+        pl.when(jnp.logical_not(more) & ask_early)(lambda: reader.start(following, following.low // plan.block, 1 - slot))
+        reader.wait(item, b, slot)
+        writer.patch(item, b, slot, parity)
+        _clear_unseen_values(plan, item, b, reader.buf, slot)
+        visible = _visible(plan, s, item, b)
+        _for_heads(plan, lambda h: _attend_block(plan, h, q_ref[0, h], reader.buf[slot, h], visible, acc, top, total))
+
+    lax.fori_loop(first_block, end_block, block, None)
+    slot_ref[0] = (slot0 + end_block - first_block) % 2
+
+    token = lax.broadcasted_iota(jnp.int32, (plan.rows, plan.width), 0) & (plan.tile - 1)
+    mine = (token >= item.row) & (token < item.row + item.end - item.first)
+
+    def finish(h):
+        result = acc[h] / total[h][:, :1]
+        out_ref[0, h] = jnp.where(mine, result, out_ref[0, h].astype(jnp.float32)).astype(out_ref.dtype)
+
+    _for_heads(plan, finish)
+    pl.when(last)(lambda: [writer.drain(0), writer.drain(1)] and None)
+
+
+def _kernel(*refs, plan: _Plan):
+    s, refs = _Scalars(*refs[:9]), refs[9:]
+    q_ref, new_ref, _, out_ref, kv_ref, buf, stage, acc, top, total, slot_ref, pending, read_sem, write_sem = refs
+
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        slot_ref[0], pending[0], pending[1] = 0, 0, 0
+
+    @pl.when(pl.program_id(0) < s.item_count[0])
+    def _():
+        reader = _Reader(plan, s, kv_ref, buf, read_sem)
+        writer = _Writer(plan, s, kv_ref, buf, new_ref, stage, pending, write_sem)
+        _run_item(plan, s, reader, writer, q_ref, out_ref, (acc, top, total), slot_ref)
+
+
+def _work_items(plan: _Plan, rows: int, q_start, q_len):
+    """Overlaps of tiles and sequences, ordered by row: (item_seq, item_tile, item_count). Dense comparisons: no sort, no scatter."""
+    tiles, seqs = rows // plan.tile, q_start.shape[0]
+    size = min(seqs, rows) if plan.tile == 1 else min(tiles + seqs, rows)
+    first_tile = q_start // plan.tile
+    count = jnp.where(q_len > 0, (q_start + q_len - 1) // plan.tile - first_tile + 1, 0)
+    before = jnp.sum(jnp.where(q_start[None, :] < q_start[:, None], count[None, :], 0), axis=1, dtype=jnp.int32)
+    total = jnp.sum(count, dtype=jnp.int32)
+    n = jnp.minimum(jnp.arange(size, dtype=jnp.int32), jnp.maximum(total - 1, 0))[:, None]
+    hit = (n >= before) & (n < before + count)
+    pick = lambda x: jnp.sum(jnp.where(hit, x, 0), axis=1, dtype=jnp.int32)
+    return pick(jnp.arange(seqs, dtype=jnp.int32)), pick(first_tile - before + n), total.reshape(1)
+
+
+def _to_tiles(plan: _Plan, q, new):
+    """q [T, Hq, D] to [tiles, Hkv, rows, width] and new rows [T, Hkv, 2D] to [tiles, Hkv, tile, 2D] (decode: [T, Hkv, 2D])."""
+    t = q.shape[0]
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.width - plan.head_dim)))
+    if plan.tile == 1:
+        q = q.reshape(t, plan.heads, plan.group, plan.width)
+        return jnp.pad(q, ((0, 0), (0, 0), (0, plan.rows - plan.group), (0, 0))), new
+    pad = -t % plan.tile
+    q, new = (jnp.pad(x, ((0, pad), (0, 0), (0, 0))) for x in (q, new))
+    q = q.reshape(-1, plan.tile, plan.heads, plan.group, plan.width).transpose(0, 2, 3, 1, 4)
+    new = new.reshape(-1, plan.tile, plan.heads, 2 * plan.head_dim).transpose(0, 2, 1, 3)
+    return q.reshape(-1, plan.heads, plan.rows, plan.width), new
+
+
+def _from_tiles(plan: _Plan, out, t: int):
+    """The inverse of _to_tiles for the output: [T, Hq, D]."""
+    out = out[..., plan.width - plan.head_dim :]
+    if plan.tile == 1:
+        return out[:, :, : plan.group].reshape(t, plan.heads * plan.group, plan.head_dim)
+    out = out.reshape(-1, plan.heads, plan.group, plan.tile, plan.head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(-1, plan.heads * plan.group, plan.head_dim)[:t]
+
+
+def _make_plan(q, kv, pages_per_seq: int, q_max: int, scale: float, softcap: float | None) -> _Plan:
+    heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
+    group, size = q.shape[1] // heads, kv.dtype.itemsize
+    if q_max == 1:
+        tile, rows, align = 1, pl.cdiv(group, 8) * 8, 32 // size
+    else:
+        tile = max(16, min(128, pl.next_power_of_2(q_max), 1 << (TILE_ROWS // q.shape[1]).bit_length() - 1))
+        while page % tile and tile % page:
+            tile //= 2
+        rows, align = tile * group, tile
+    unit = math.lcm(page, align)  # a window never straddles two blocks
+    keys = min(BLOCK_KEYS, BLOCK_BYTES // (heads * 2 * head_dim * size), pl.cdiv(pages_per_seq * page, unit) * unit)
+    block_pages = max(keys // unit, 1) * unit // page
+    compute = jnp.promote_types(q.dtype, kv.dtype)
+    return _Plan(heads, group, head_dim, page, pages_per_seq, block_pages, tile, rows, align, float(scale), softcap, compute)
+
+
+def _vmem_bytes(plan: _Plan, kv_size: int, q_size: int) -> int:
+    """VMEM that the kernel asks for, with room for the scores of the heads in flight."""
+    row = 2 * plan.head_dim * plan.heads * kv_size
+    cache = row * (2 * plan.block + 2 * plan.windows * plan.align + 2 * max(plan.tile, 8))
+    tile = plan.heads * plan.rows * (plan.width * (4 * q_size + 4) + 2 * LANES * 4)
+    return cache + tile + 8 * max(plan.rows, 128) * plan.block * 4
+
+
+def _call(plan: _Plan, q, new, kv, s: _Scalars, interpret):
+    """The pallas_call: (out tiles, kv)."""
+    tiles, new_shape = q.shape[0], new.shape[1:]
+    tile_of = lambda dims: lambda i, *scalars: (scalars[7][i],) + (0,) * dims
+    block = (1, plan.heads, plan.rows, plan.width)
+    row = 2 * plan.head_dim
+    softmax = [pltpu.VMEM((plan.heads, plan.rows, lanes), jnp.float32) for lanes in (plan.width, LANES, LANES)]
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=len(s),
+        grid=(s.item_seq.shape[0],),
+        in_specs=[
+            pl.BlockSpec(block, tile_of(3)),
+            pl.BlockSpec((1, *new_shape), tile_of(len(new_shape))),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=[pl.BlockSpec(block, tile_of(3)), pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[
+            pltpu.VMEM((2, plan.heads, plan.block, row), kv.dtype),
+            pltpu.VMEM((2, plan.windows, plan.heads, plan.align, row), kv.dtype),
+            *softmax,
+            pltpu.SMEM((1,), jnp.int32),
+            pltpu.SMEM((2,), jnp.int32),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+    )
+    vmem = _vmem_bytes(plan, kv.dtype.itemsize, q.dtype.itemsize)
+    return pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        out_shape=[jax.ShapeDtypeStruct((tiles, *block[1:]), q.dtype), jax.ShapeDtypeStruct(kv.shape, kv.dtype)],
+        grid_spec=grid_spec,
+        input_output_aliases={len(s) + 2: 1},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True, vmem_limit_bytes=max(vmem, 16 << 20)),
+        interpret=interpret,
+        name="paged_decode" if plan.tile == 1 else "paged_prefill",
+    )(*s, q, new, kv)
+
+
+def _check(q, k, v, kv, page_table, q_max: int) -> None:
+    if kv.ndim != 5 or kv.shape[4] % LANES:
+        raise ValueError(f"kv has shape {kv.shape}: must be [layers, pages, kv_heads, page, 2*head_dim], 2*head_dim a multiple of {LANES}")
+    heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
+    if page % 16 or not 16 <= page <= 256:
+        raise ValueError(f"page size {page}: must be a multiple of 16 from 16 to 256")
+    if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % heads:
+        raise ValueError(f"q has shape {q.shape}: must be [T, a multiple of {heads} heads, {head_dim}]")
+    if k.shape != (q.shape[0], heads, head_dim) or v.shape != k.shape:
+        raise ValueError(f"k and v have shapes {k.shape} and {v.shape}: must be {(q.shape[0], heads, head_dim)}")
+    for name, x in (("q", q), ("kv", kv)):
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            raise ValueError(f"{name} has dtype {x.dtype}: must be bfloat16 or float32")
+    if page_table.ndim != 2:
+        raise ValueError(f"page_table has shape {page_table.shape}: must be [sequences, pages of a sequence]")
+    if q_max < 1:
+        raise ValueError(f"q_max is {q_max}: must be at least 1")
+
+
+def paged_attention_tpu(
+    q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, softcap=None, q_max, interpret=False
+):
+    """Writes new keys and values into a paged cache and attends to it. See pallas_kernels.paged_attention for the reference.
+
+    q [T, Hq, D], k and v [T, Hkv, D]: new rows of all sequences, flattened; query head h uses key-value head h // (Hq // Hkv).
+    kv [L, P, Hkv, page, 2D]: the cache, keys in lanes 0..D-1, values in D..2D-1. Donate it: it is updated in place.
+    layer, window: int32 scalars; window 0 is full attention, otherwise position p sees p-window+1..p.
+    page_table int32 [R, pages_per_seq]; q_start, q_len, kv_len int32 [R]: first row, rows and context length (new rows included).
+    q_max: static upper bound of q_len. 1 builds only the decode kernel; otherwise sequences with one row go through the decode
+    kernel and the others through the tiled one. interpret: False or a pltpu.InterpretParams.
+    Returns (out [T, Hq, D] of q's dtype, zero in rows of no sequence, and kv).
+    Raises ValueError for shapes and types that the kernel does not take.
+    """
+    _check(q, k, v, kv, page_table, q_max)
+    scalar = lambda x: jnp.asarray(x, jnp.int32).reshape(1)
+    shared = (scalar(layer), scalar(window), page_table.reshape(-1).astype(jnp.int32))
+    q_start, q_len, kv_len = (x.astype(jnp.int32) for x in (q_start, q_len, kv_len))
+    new = jnp.concatenate([k, v], axis=-1).astype(kv.dtype)
+    row = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
+    out = jnp.zeros_like(q)
+    for tile_max in (1,) if q_max == 1 else (1, q_max):
+        plan = _make_plan(q, kv, page_table.shape[1], tile_max, scale, softcap)
+        length = jnp.where((q_len == 1) if tile_max == 1 else (q_len > 1), q_len, 0)
+        tiles, new_tiles = _to_tiles(plan, q.astype(plan.compute), new)
+        items = _work_items(plan, tiles.shape[0] * plan.tile, q_start, length)
+        part, kv = _call(plan, tiles, new_tiles, kv, _Scalars(*shared, q_start, length, kv_len, *items), interpret)
+        owned = jnp.any((row >= q_start) & (row < q_start + length), axis=1)
+        out = jnp.where(owned[:, None, None], _from_tiles(plan, part, q.shape[0]).astype(q.dtype), out)
+    return out, kv

@@ -1,0 +1,452 @@
+"""llminfer.tokenizer: GGUF and Hugging Face tokenizers, streams that never show half a character, refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, processors
+
+from llminfer.errors import UserError
+from llminfer.tokenizer import PRE_TOKENIZERS, Detokenizer, Tokenizer, _byte_alphabet, from_directory, from_gguf
+
+SPELL = {byte: character for character, byte in _byte_alphabet().items()}
+SPECIAL = ["<|end|>", "<|start|>", "<|turn|>"]  # ids 0, 1, 2
+FIRST_BYTE = 5
+MERGES = ["1 2", "12 3", "123 4", "Ġ a", "Ġa b", "a b", "Ã ©", "Ġ Ġ", "Ċ Ċ", "' s", "! !"]
+NORMAL_TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n1234ab'sé!😀"), max_size=30)
+TOP = FIRST_BYTE + 256 + len(MERGES) + 1
+
+
+def metadata(pre: str = "smollm", template: str | None = None, **fields) -> dict:
+    """A byte-level vocabulary: 3 control tokens, 2 of the user's, 256 bytes, a few merges, one whole word."""
+    tokens = [*SPECIAL, "<é b>", "    ", *(SPELL[b] for b in range(256)), *(m.replace(" ", "") for m in MERGES), "Ġword"]
+    values = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": [3, 3, 3, 4, 4] + [1] * (len(tokens) - 5),
+        "merges": MERGES,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+        **fields,
+    }
+    found = {f"tokenizer.ggml.{k}": v for k, v in values.items() if v is not None}
+    return found | ({} if template is None else {"tokenizer.chat_template": template})
+
+
+SMALL = from_gguf(metadata())
+
+
+# ---- GGUF
+
+
+def test_gguf_properties():
+    assert (SMALL.vocab_size, SMALL.eos_ids, SMALL.bos_id, SMALL.chat_template) == (TOP, (0,), 1, None)
+    with_turns = from_gguf(metadata(eot_token_id=2, eom_token_id=0))
+    assert with_turns.eos_ids == (0, 2)
+    nothing = from_gguf(metadata(bos_token_id=None, eos_token_id=None))
+    assert (nothing.eos_ids, nothing.bos_id) == ((), None)
+    assert from_gguf(metadata(token_type=None)).encode("<|end|>") != [0]
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+@given(text=NORMAL_TEXT)
+def test_decode_inverts_encode(pre, text):
+    tokenizer = BY_PRE[pre]
+    assert tokenizer.decode(tokenizer.encode(text, add_special=False), skip_special=False) == text
+
+
+BY_PRE = {pre: from_gguf(metadata(pre)) for pre in PRE_TOKENIZERS}
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("smollm", "12345 12", ["1", "2", "3", "4", "5", " ", "1", "2"]),
+        ("gpt-2", "12345 12", ["1234", "5", " ", "12"]),
+        ("llama-bpe", "12345 12", ["123", "4", "5", " ", "12"]),
+        ("default", "12345 12", ["123", "4", "5", " ", "12"]),
+        ("smollm", "a\n\n1", ["a", "\n\n", "1"]),  # the digit is cut off first, so that the run of line ends is whole
+        ("gpt-2", "a\n\n1", ["a", "\n", "\n", "1"]),
+        ("gpt-2", "   ab", ["  ", " ab"]),
+        ("llama-bpe", "   ab", ["  ", " ab"]),
+        ("gpt-2", "ab's é!!", ["ab", "'s", " ", "é", "!!"]),
+        ("llama-bpe", "ab'S", ["ab", "'", "S"]),
+    ],
+)
+def test_pre_tokenizers_split_where_they_should(pre, text, pieces):
+    tokenizer = BY_PRE[pre]
+    assert [tokenizer.decode([i]) for i in tokenizer.encode(text, add_special=False)] == pieces
+
+
+def test_missing_pre_is_the_default():
+    ids = from_gguf(metadata(pre=None)).encode("a1234!!\n\n 12")
+    assert ids == BY_PRE["default"].encode("a1234!!\n\n 12")
+
+
+def test_llama_bpe_takes_whole_words_and_adds_bos():
+    word, bos = TOP - 1, 1
+    assert BY_PRE["llama-bpe"].encode(" word") == [bos, word]
+    assert BY_PRE["llama-bpe"].encode(" word", add_special=False) == [word]
+    assert word not in BY_PRE["gpt-2"].encode(" word")
+    assert from_gguf(metadata("llama-bpe", add_bos_token=False)).encode(" word") == [word]
+    assert from_gguf(metadata("llama-bpe", bos_token_id=None)).encode(" word") == [word]
+
+
+def test_bos_and_eos_flags():
+    a = FIRST_BYTE + ord("a")
+    both = from_gguf(metadata(add_bos_token=True, add_eos_token=True))
+    assert both.encode("a") == [1, a, 0]
+    assert both.encode("") == [1, 0]
+    assert both.encode("a", add_special=False) == [a]
+    assert SMALL.encode("a") == [a]
+
+
+def test_special_and_user_tokens():
+    ids = SMALL.encode("<|start|>a<é b><|end|>", add_special=False)
+    assert ids == [1, FIRST_BYTE + ord("a"), 3, 0]
+    assert SMALL.decode(ids) == "a<é b>"  # the user's tokens are text: shown, and as they are written
+    assert SMALL.decode(ids, skip_special=False) == "<|start|>a<é b><|end|>"
+    assert SMALL.encode("a<|end|>") == [FIRST_BYTE + ord("a"), 0]
+    assert SMALL.encode("<|en") == [FIRST_BYTE + ord(c) for c in "<|en"]
+
+
+def test_bytes_without_a_token_are_left_out():
+    tokens = [t for t in metadata()["tokenizer.ggml.tokens"] if t != SPELL[4]]
+    assert (lambda t: t.decode(t.encode("a\x04b")))(from_gguf(metadata(tokens=tokens, token_type=None))) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model": "llama"}, ["tokenizer.ggml.model", "llama", "gpt2"]),
+        ({"model": None}, ["tokenizer.ggml.model", "missing"]),
+        ({"model": 7}, ["tokenizer.ggml.model", "str"]),
+        ({"pre": "qwen2"}, ["tokenizer.ggml.pre", "qwen2", "smollm", "llama-bpe"]),
+        ({"pre": 3}, ["tokenizer.ggml.pre"]),
+        ({"tokens": None}, ["tokenizer.ggml.tokens", "missing"]),
+        ({"tokens": []}, ["tokenizer.ggml.tokens", "length"]),
+        ({"tokens": "abc"}, ["tokenizer.ggml.tokens", "array"]),
+        ({"tokens": ["a", 1]}, ["tokenizer.ggml.tokens", "str"]),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, ["tokenizer.ggml.tokens", "twice"]),
+        ({"token_type": [1]}, ["tokenizer.ggml.token_type", "length"]),
+        ({"token_type": ["1"] * TOP}, ["tokenizer.ggml.token_type", "int"]),
+        ({"merges": None}, ["tokenizer.ggml.merges", "missing"]),
+        ({"merges": ["ab"]}, ["tokenizer.ggml.merges", "ab", "space"]),
+        ({"merges": ["a b c"]}, ["tokenizer.ggml.merges", "space"]),
+        ({"merges": ["x yz"]}, ["tokenizer.ggml.merges", "yz"]),
+        ({"merges": [1]}, ["tokenizer.ggml.merges", "str"]),
+        ({"bos_token_id": TOP}, ["tokenizer.ggml.bos_token_id", str(TOP - 1)]),
+        ({"eos_token_id": -1}, ["tokenizer.ggml.eos_token_id"]),
+        ({"eos_token_id": True}, ["tokenizer.ggml.eos_token_id"]),
+        ({"add_bos_token": 1}, ["tokenizer.ggml.add_bos_token", "bool"]),
+        ({"add_bos_token": True, "bos_token_id": None}, ["tokenizer.ggml.add_bos_token", "bos_token_id"]),
+    ],
+)
+def test_gguf_refusals(fields, words):
+    with pytest.raises(UserError) as caught:
+        from_gguf(metadata(**fields))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_gguf_template_of_a_wrong_type():
+    with pytest.raises(UserError, match="chat_template"):
+        from_gguf(metadata() | {"tokenizer.chat_template": 1})
+
+
+# ---- text in, text out
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ok \udfff", "\ud83d \ude00"])
+def test_lone_surrogates_are_refused(text):
+    with pytest.raises(UserError, match="surrogate"):
+        SMALL.encode(text)
+
+
+@pytest.mark.parametrize("text", [b"bytes", None, 3, ["a"]])
+def test_only_str_is_encoded(text):
+    with pytest.raises(UserError, match="must be a str"):
+        SMALL.encode(text)
+
+
+def test_ids_outside_the_vocabulary():
+    assert SMALL.decode([FIRST_BYTE + ord("a"), TOP, 2**40, FIRST_BYTE + ord("b")]) == "ab"
+    with pytest.raises(UserError, match="token id"):
+        SMALL.decode([-1])
+
+
+# ---- streams
+
+# The beginnings of characters that a next byte can still complete.
+BEGINNINGS = {chr(c).encode()[:n] for c in range(0x80, 0x110000, 0x40) if not 0xD800 <= c < 0xE000 for n in range(1, len(chr(c).encode()))}
+
+
+def certain(data: bytes) -> str:
+    """What may be shown of `data` when more bytes may follow."""
+    tail = next((n for n in (3, 2, 1) if data[-n:] in BEGINNINGS and n <= len(data)), 0)
+    return data[: len(data) - tail].decode(errors="replace")
+
+
+# Mostly bytes, so that characters meet, break off and go wrong.
+IDS = st.lists(
+    st.integers(0, TOP + 3) | st.sampled_from([FIRST_BYTE + b for b in (0x41, 0x80, 0xBF, 0xA0, 0xC3, 0xE2, 0xED, 0xF0, 0x9F, 0xF4, 0xFF)]),
+    max_size=25,
+)
+TOKEN_BYTES = [t.encode() for t in [*SPECIAL, "<é b>", "    "]] + [bytes([b]) for b in range(256)]
+TOKEN_BYTES += [bytes(_byte_alphabet()[c] for c in m if c != " ") for m in MERGES] + [b" word"] + [b""] * 4
+
+
+@given(
+    ids=IDS | st.text(max_size=20).map(lambda t: [FIRST_BYTE + b for b in t.encode()]),
+    cuts=st.lists(st.integers(0, 25)),
+    skip=st.booleans(),
+)
+def test_stream_shows_all_that_is_certain_and_no_more(ids, cuts, skip):
+    stream, shown, done, data = SMALL.stream(skip_special=skip), "", 0, b""
+    for end in [*sorted(cuts), len(ids)]:
+        shown += stream.push(ids[done:end])
+        data += b"".join(TOKEN_BYTES[i] for i in ids[done:end] if not (skip and i < 3))
+        done = max(done, min(end, len(ids)))
+        assert shown == certain(data)
+    shown += stream.flush()
+    assert shown == data.decode(errors="replace") == SMALL.decode(ids, skip_special=skip)
+    assert stream.push([FIRST_BYTE + ord("x")]) == "x"  # nothing is left over after a flush
+
+
+def test_stream_of_an_emoji():
+    stream = SMALL.stream()
+    assert [stream.push([FIRST_BYTE + b]) for b in "a😀".encode()] == ["a", "", "", "", "😀"]
+    assert stream.flush() == ""
+    # A special token that is left out does not break the character around it.
+    assert stream.push([FIRST_BYTE + 0xC3, 0, FIRST_BYTE + 0xA9]) == "é"
+    # 0xC3 cannot be completed by a letter; 0xFF never begins a character.
+    assert [stream.push([FIRST_BYTE + b]) for b in (0xC3, 0x41, 0xFF)] == ["", "\ufffdA", "\ufffd"]
+    assert (stream.push([FIRST_BYTE + 0xF0]), stream.flush(), stream.flush()) == ("", "\ufffd", "")
+
+
+def test_stream_looks_at_each_token_once():
+    seen = []
+    stream = Detokenizer(lambda i: seen.append(i) or b"\xc3", strip_space=False)
+    text = "".join(stream.push([i]) for i in range(2000))
+    assert seen == list(range(2000))
+    assert text + stream.flush() == "\ufffd" * 2000
+
+
+# ---- chat templates (the dialect itself: test_chat_template.py)
+
+MESSAGES = [{"role": "system", "content": "S"}, {"role": "user", "content": "é😀 <|end|>"}]
+TURNS = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def test_chat_template_of_a_gguf():
+    tokenizer = from_gguf(metadata(template=TURNS, add_bos_token=True))
+    assert tokenizer.chat_template == TURNS
+    text = tokenizer.apply_chat(MESSAGES)
+    assert text == "<|start|>system: S<|end|>user: é😀 <|end|><|end|>"
+    assert tokenizer.encode(text, add_special=False).count(1) == 1
+
+
+def test_named_templates_of_a_gguf():
+    tokenizer = from_gguf(metadata(template="plain") | {"tokenizer.chat_template.tool_use": "{{ tools[0]['name'] }}"})
+    assert tokenizer.apply_chat(MESSAGES, tools=[{"name": "search"}]) == "search"
+
+
+# ---- Hugging Face directories
+
+
+def write(folder: Path, **files) -> Path:
+    """Each file NAME__EXT=content: a str as it is, anything else as JSON."""
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """SMALL as a tokenizers object that puts <|start|> before a text."""
+    backend = tokenizers.Tokenizer.from_str(SMALL._backend.to_str())
+    backend.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 1)])
+    return backend
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_no_tokenizer_file(tmp_path):
+    assert from_directory(tmp_path) is None
+    assert from_directory(str(tmp_path / "nowhere")) is None
+
+
+def test_directory_alone(folder):
+    tokenizer = from_directory(folder)
+    assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.bos_id, tokenizer.chat_template) == (TOP, (), None, None)
+    text = "ab 12 é😀<|end|>"
+    assert tokenizer.encode(text, add_special=False) == SMALL.encode(text)
+    assert tokenizer.encode(text) == [1, *SMALL.encode(text)]
+    assert tokenizer.decode(tokenizer.encode(text)) == "ab 12 é😀"
+
+
+def test_directory_ends_and_variables(folder):
+    write(
+        folder,
+        tokenizer_config__json={
+            "bos_token": {"content": "<|start|>"},
+            "eos_token": "<|end|>",
+            "chat_template": "{{ bos_token + eos_token }}",
+        },
+        config__json={"eos_token_id": 4, "bos_token_id": 0},
+    )
+    tokenizer = from_directory(folder)
+    assert (tokenizer.eos_ids, tokenizer.bos_id) == ((4, 0), 1)
+    assert tokenizer.apply_chat(MESSAGES) == "<|start|><|end|>"
+    write(folder, generation_config__json={"eos_token_id": [2, 0]})
+    assert from_directory(folder).eos_ids == (2, 0)
+    write(folder, tokenizer_config__json={}, special_tokens_map__json={"eos_token": {"content": "<|turn|>"}, "bos_token": None})
+    assert (from_directory(folder).eos_ids, from_directory(folder).bos_id) == ((2, 0), 0)
+
+
+def test_directory_templates(folder):
+    named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    write(folder, tokenizer_config__json={"chat_template": named})
+    assert from_directory(folder).apply_chat(MESSAGES, tools=[{}]) == "t"
+    assert from_directory(folder).chat_template == "d"
+    write(folder, chat_template__jinja="file é")
+    assert from_directory(folder).apply_chat(MESSAGES, tools=[{}]) == "file é"
+    (folder / "additional_chat_templates").mkdir()
+    write(folder / "additional_chat_templates", tool_use__jinja="more")
+    assert from_directory(folder).apply_chat(MESSAGES, tools=[{}]) == "more"
+
+
+def test_truncation_and_padding_of_the_file_are_off(tmp_path):
+    backend = byte_level()
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert len(from_directory(tmp_path).encode("abcabcabc", add_special=False)) == len(SMALL.encode("abcabcabc")) == 6
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"tokenizer__json": "{"}, "tokenizer.json"),
+        ({"tokenizer__json": "[]"}, "tokenizer.json"),
+        ({"tokenizer__json": {"model": {"type": "Novel"}}}, "tokenizer.json"),
+        ({"tokenizer_config__json": "{]"}, "tokenizer_config.json"),
+        ({"tokenizer_config__json": []}, "tokenizer_config.json"),
+        ({"tokenizer_config__json": "[" * 100_000}, "tokenizer_config.json"),
+        ({"tokenizer_config__json": {"bos_token": 5}}, "bos_token"),
+        ({"tokenizer_config__json": {"chat_template": 5}}, "chat_template"),
+        ({"tokenizer_config__json": {"chat_template": [{"name": "x"}]}}, "chat_template"),
+        ({"generation_config__json": {"eos_token_id": "2"}}, "eos_token_id"),
+        ({"generation_config__json": {"eos_token_id": [True]}}, "eos_token_id"),
+        ({"config__json": {"eos_token_id": -1}}, "eos_token_id"),
+        ({"special_tokens_map__json": "nonsense"}, "special_tokens_map.json"),
+    ],
+)
+def test_damaged_directories(folder, files, words):
+    with pytest.raises(UserError) as caught:
+        from_directory(write(folder, **files))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_text(folder):
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="UTF-8"):
+        from_directory(folder)
+    (folder / "tokenizer.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        from_directory(folder)
+
+
+def sentencepiece(decoder) -> tokenizers.Tokenizer:
+    """A vocabulary in SentencePiece's manner: <s>, 256 bytes, a few pieces."""
+    tokens = ["<s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "ab"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a"), ("a", "b")], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoder
+    backend.add_special_tokens(["<s>"])
+    return backend
+
+
+LLAMA2 = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+
+
+@given(text=NORMAL_TEXT.filter(bool))
+def test_sentencepiece_decodes_as_the_package_does(text):
+    backend = sentencepiece(decoders.Sequence(LLAMA2))
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == backend.decode(ids)
+    stream = tokenizer.stream()
+    assert "".join(stream.push([i]) for i in ids) + stream.flush() == backend.decode(ids)
+    if "▁" not in text and "<s>" not in text:
+        assert tokenizer.decode(ids) == text
+
+
+def test_first_space_is_dropped_once():
+    tokenizer, kept = Tokenizer(sentencepiece(decoders.Sequence(LLAMA2))), Tokenizer(sentencepiece(decoders.Sequence(LLAMA2[:3])))
+    ids = [0, *tokenizer.encode("a a é")]
+    assert tokenizer.decode(ids) == "a a é"
+    assert kept.decode(ids) == " a a é"
+    assert tokenizer.decode(ids, skip_special=False) == "<s> a a é"
+    stream = tokenizer.stream()
+    first = [stream.push(ids[:2]), stream.push(ids[2:]), stream.flush()]
+    assert first == ["a", " a é", ""]
+    assert stream.push(ids[1:2]) == "a"  # a new stream begins after a flush
+    assert Tokenizer(sentencepiece(decoders.Metaspace())).decode(ids[:3]) == "a a"
+
+
+@pytest.mark.parametrize("decoder", [None, decoders.WordPiece(), decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])])
+def test_other_decoders_are_refused(decoder):
+    with pytest.raises(UserError, match="decoder"):
+        Tokenizer(sentencepiece(decoder))
+
+
+# ---- the demo model
+
+
+@pytest.fixture(scope="module")
+def smollm2(demo_path) -> Tokenizer:
+    from llminfer.weights.gguf import GgufFile
+
+    return from_gguf(GgufFile(demo_path).metadata)
+
+
+@pytest.mark.demo
+def test_smollm2_goldens(smollm2):
+    golden = json.loads((Path(__file__).parent / "goldens" / "tokenizer_smollm2.json").read_text())
+    for text, ids in golden["encode"]:
+        assert smollm2.encode(text) == ids, text
+    for ids, text, shown in golden["decode"]:
+        assert (smollm2.decode(ids, skip_special=False), smollm2.decode(ids)) == (text, shown)
+    for messages, prompt, text in golden["chat"]:
+        assert smollm2.apply_chat(messages, add_generation_prompt=prompt) == text
+
+
+@pytest.mark.demo
+def test_smollm2_properties(smollm2):
+    assert (smollm2.vocab_size, smollm2.eos_ids, smollm2.bos_id) == (49152, (2,), 1)
+    draw = random.Random(0)
+    for _ in range(50):
+        ids = [draw.randrange(49152) for _ in range(40)]
+        stream = smollm2.stream()
+        assert "".join(stream.push([i]) for i in ids) + stream.flush() == smollm2.decode(ids) == smollm2._backend.decode(ids)
+
+
+@pytest.mark.demo
+def test_smollm2_splits_every_number_character(smollm2):
+    for c in map(chr, range(0x110000)):
+        if unicodedata.category(c)[0] == "N" and ord(c) < 0x3400:
+            assert smollm2.encode(f"a {c}{c}b") == [i for piece in ("a ", c, c, "b") for i in smollm2.encode(piece)], c
