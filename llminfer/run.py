@@ -19,6 +19,8 @@ DEFAULT_PROMPT = "Why is the sky blue?"
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     params = _params(options)
+    if options.batch and not options.out:
+        raise refuse("--out", options.out, "--batch needs a file to write to")
     lines = _read_batch(options.batch) if options.batch else None
     if options.prompt == "" and not options.chat and not options.batch:
         raise refuse("--prompt", "", "must not be empty")
@@ -176,8 +178,6 @@ def _read_batch(path: str) -> list[dict[str, Any]]:
 def _batch(llm: Any, lines: list[dict[str, Any]], params: SamplingParams, options: argparse.Namespace) -> int:
     """Runs all lines through the engine and writes each result, in order of finishing, with its line's index and id.
     A line that cannot be served becomes a result with an error; the others go on."""
-    if not options.out:
-        raise refuse("--out", options.out, "--batch needs a file to write to")
     started, tokens, failed = time.perf_counter(), 0, 0
     waiting: dict[int, tuple[int, dict[str, Any], list[Any]]] = {}
     from llminfer.progress import RichProgress

@@ -70,7 +70,7 @@ def sample(logits: jax.Array, s: SamplingBatch) -> jax.Array:
     top, valid = _row_max(logits)
 
     def draw() -> jax.Array:
-        score = _gumbel(s, logits.shape[1]) - _distance(logits, top, s)
+        score = _gumbel(_bits(s, logits.shape[1])) - _distance(logits, top, s)
         score = jnp.where(logits >= _bound(logits, top, s), score, -jnp.inf)
         score = jnp.where((s.temperature > 0)[:, None], score, logits)
         return _first(score, jnp.max(score, axis=-1, keepdims=True))
@@ -159,12 +159,17 @@ def _float_at(place: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(jnp.where(place >= 0, place, place ^ 0x7FFFFFFF), jnp.float32)
 
 
-def _gumbel(s: SamplingBatch, width: int) -> jax.Array:
-    """Standard Gumbel noise [R, width], finite; column v hashes (key, position, v) alone."""
+def _bits(s: SamplingBatch, width: int) -> jax.Array:
+    """Random uint32 [R, width]; column v hashes (key, position, v) alone: jax.random.bits of fold_in(key, position), partitionable."""
     zero = jnp.uint32(0)
     key = threefry2x32((s.key[:, 0], s.key[:, 1]), (zero, s.position.astype(jnp.uint32)))
     column = lax.broadcasted_iota(jnp.uint32, (1, width), 1)
     x, y = threefry2x32((key[0][:, None], key[1][:, None]), (zero, column))
-    # The winners have u near 0, where float32 keeps all 32 bits. Below 1, or the noise would be -inf and could lose the only id kept.
-    u = jnp.minimum((x ^ y).astype(jnp.float32) * 2.0**-32 + 2.0**-33, 1 - 2.0**-24)
+    return x ^ y
+
+
+def _gumbel(bits: jax.Array) -> jax.Array:
+    """Standard Gumbel noise, finite, of random uint32 bits; small bits give the large values, with the resolution of all 32 bits."""
+    # u is held below 1, where the noise would be -inf and could lose the only id that is kept.
+    u = jnp.minimum(bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33, 1 - 2.0**-24)
     return -jnp.log(-jnp.log1p(-u))

@@ -223,10 +223,7 @@ def from_directory(path: str | Path) -> Tokenizer | None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises bare Exception for whatever it cannot read
-        raise refuse(str(file), one_line(error), "must be a tokenizer.json of the tokenizers package") from None
+    backend = _load(file)
     config = _read_json(folder / "tokenizer_config.json")
     special = {**_special_tokens(_read_json(folder / "special_tokens_map.json")), **_special_tokens(config)}
     model, generation = _read_json(folder / "config.json"), _read_json(folder / "generation_config.json")
@@ -244,6 +241,22 @@ def from_directory(path: str | Path) -> Tokenizer | None:
         templates=_directory_templates(folder, config),
         special=special,
     )
+
+
+def _load(file: Path) -> tokenizers.Tokenizer:
+    model = _read_json(file).get("model")
+    # The package ends the process on some BPE files with this field, which no language model uses.
+    if isinstance(model, dict) and model.get("continuing_subword_prefix"):
+        raise refuse(f"{file}: continuing_subword_prefix", model["continuing_subword_prefix"], 'not supported; legal: null, ""')
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend.encode("")  # a post-processor that names tokens which are not there fails only now
+        return backend
+    except BaseException as error:
+        # The package raises bare Exception for what it cannot read; its panics are no Exception, and of a private type.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise refuse(str(file), one_line(error), "must be a tokenizer.json of the tokenizers package") from None
 
 
 def _read_text(file: Path) -> str:
@@ -383,7 +396,8 @@ _REQUIRED: Any = object()
 
 def _field(metadata: Mapping[str, Any], name: str, kind: type, default: Any = _REQUIRED) -> Any:
     key = f"tokenizer.ggml.{name}"
-    value = metadata.get(key, default)
+    value = metadata.get(key)
+    value = default if value is None else value
     if value is _REQUIRED:
         raise UserError(f"{key}: missing from the file's metadata; this GGUF has no usable tokenizer")
     wrong = isinstance(value, bool) if kind is int else isinstance(value, str) and kind is Sequence

@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 MASKED = -1e30  # finite, so that a row which sees nothing of a block stays free of NaN until a block that it sees rescales it
-BLOCK_KEYS = 1024  # keys a block, before VMEM bounds it
+DECODE_KEYS, PREFILL_KEYS = 1024, 512  # keys a block, before VMEM bounds it
 BLOCK_BYTES = 4 << 20  # of one of the two key-value buffers
 TILE_ROWS = 2048  # rows (tokens x query heads) of one query tile
 LANES = 128
@@ -53,6 +53,11 @@ class _Plan:
     @property
     def block(self) -> int:
         return self.block_pages * self.page
+
+    @property
+    def short_block(self) -> int:
+        """Keys that are looked at in a block which ends early."""
+        return self.block // 4 if self.block % (4 * LANES) == 0 else self.block
 
     @property
     def split(self) -> bool:
@@ -222,27 +227,24 @@ class _Writer(NamedTuple):
         self.pending[parity] += 1
 
 
-def _clear_unseen_values(plan: _Plan, item: _Item, b, buf, slot):
-    """Zeroes the values of block b that no row of the item may see: zero weight times what lies there must not be NaN."""
-    base = b * plan.block
+def _clear_unseen_values(plan: _Plan, item: _Item, b, keys: int, buf, slot):
+    """Zeroes those values among the first `keys` of block b that no row of the item sees: zero times what lies there must not be NaN."""
+    base, chunk = b * plan.block, math.gcd(LANES, keys)
+    lanes = slice(plan.value_lane, 2 * plan.head_dim)
 
-    def one(j, _):
-        first = base + j * plan.page
+    def clear(n, _):
+        pos = base + n * chunk + lax.broadcasted_iota(jnp.int32, (chunk, 2 * plan.head_dim - plan.value_lane), 0)
+        rows, seen = pl.ds(pl.multiple_of(n * chunk, chunk), chunk), (pos >= item.low) & (pos < item.end)
+        for h in range(plan.heads):
+            buf[slot, h, rows, lanes] = jnp.where(seen, buf[slot, h, rows, lanes].astype(jnp.float32), 0.0).astype(buf.dtype)
 
-        @pl.when((first < item.low) | (first + plan.page > item.end))
-        def _():
-            rows, lanes = pl.ds(pl.multiple_of(j * plan.page, plan.page), plan.page), slice(plan.value_lane, 2 * plan.head_dim)
-            pos = first + lax.broadcasted_iota(jnp.int32, (plan.page, 2 * plan.head_dim - plan.value_lane), 0)
-            seen = (pos >= item.low) & (pos < item.end)
-            for h in range(plan.heads):
-                buf[slot, h, rows, lanes] = jnp.where(seen, buf[slot, h, rows, lanes].astype(jnp.float32), 0.0).astype(buf.dtype)
-
-    pl.when((base < item.low) | (base + plan.block > item.end))(lambda: lax.fori_loop(0, plan.block_pages, one, None))
+    pl.when(base < item.low)(lambda: lax.fori_loop(0, pl.cdiv(item.low - base, chunk), clear, None))
+    pl.when(base + keys > item.end)(lambda: lax.fori_loop((item.end - base) // chunk, keys // chunk, clear, None))
 
 
-def _visible(plan: _Plan, s: _Scalars, item: _Item, b):
-    """Mask [rows, block]: which keys of block b each row sees."""
-    shape = (plan.rows, plan.block)
+def _visible(plan: _Plan, s: _Scalars, item: _Item, b, keys: int):
+    """Mask [rows, keys]: which of the first keys of block b each row sees."""
+    shape = (plan.rows, keys)
     token = lax.broadcasted_iota(jnp.int32, shape, 0) & (plan.tile - 1)
     row_pos = item.first - item.row + token
     key_pos = b * plan.block + lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -251,7 +253,7 @@ def _visible(plan: _Plan, s: _Scalars, item: _Item, b):
 
 
 def _attend_block(plan: _Plan, h, q, kv, visible, acc, top, total):
-    """One step of the online softmax: rows q [rows, width] of head h against a block kv [block, 2 * head_dim]."""
+    """One step of the online softmax: rows q [rows, width] of head h against keys and values kv [keys, 2 * head_dim]."""
     precision = lax.Precision.HIGHEST if plan.compute == jnp.float32 else lax.Precision.DEFAULT
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
     keys, values = kv[:, : plan.width].astype(plan.compute), kv[:, plan.value_lane :].astype(plan.compute)
@@ -304,9 +306,18 @@ def _run_item(plan: _Plan, s: _Scalars, reader: _Reader, writer: _Writer, q_ref,
         pl.when(jnp.logical_not(more) & ask_early)(lambda: reader.start(following, following.low // plan.block, 1 - slot))
         reader.wait(item, b, slot)
         writer.patch(item, b, slot, parity)
-        _clear_unseen_values(plan, item, b, reader.buf, slot)
-        visible = _visible(plan, s, item, b)
-        _for_heads(plan, lambda h: _attend_block(plan, h, q_ref[0, h], reader.buf[slot, h], visible, acc, top, total))
+
+        def attend(keys):
+            _clear_unseen_values(plan, item, b, keys, reader.buf, slot)
+            visible = _visible(plan, s, item, b, keys)
+            _for_heads(plan, lambda h: _attend_block(plan, h, q_ref[0, h], reader.buf[slot, h, :keys], visible, acc, top, total))
+
+        if plan.short_block == plan.block:
+            attend(plan.block)
+        else:
+            short = item.end - b * plan.block <= plan.short_block
+            pl.when(short)(lambda: attend(plan.short_block))
+            pl.when(jnp.logical_not(short))(lambda: attend(plan.block))
 
     lax.fori_loop(first_block, end_block, block, None)
     slot_ref[0] = (slot0 + end_block - first_block) % 2
@@ -385,7 +396,7 @@ def _make_plan(q, kv, pages_per_seq: int, q_max: int, scale: float, softcap: flo
             tile //= 2
         rows, align = tile * group, tile
     unit = math.lcm(page, align)  # a window never straddles two blocks
-    keys = min(BLOCK_KEYS, BLOCK_BYTES // (heads * 2 * head_dim * size), pl.cdiv(pages_per_seq * page, unit) * unit)
+    keys = min(DECODE_KEYS if tile == 1 else PREFILL_KEYS, BLOCK_BYTES // (heads * 2 * head_dim * size), pl.cdiv(pages_per_seq * page, unit) * unit)
     block_pages = max(keys // unit, 1) * unit // page
     compute = jnp.promote_types(q.dtype, kv.dtype)
     return _Plan(heads, group, head_dim, page, pages_per_seq, block_pages, tile, rows, align, float(scale), softcap, compute)

@@ -360,6 +360,20 @@ def test_damaged_directories(folder, files, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_field_that_would_end_the_process(folder):
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["model"]["continuing_subword_prefix"] = "xyz"
+    with pytest.raises(UserError, match="continuing_subword_prefix"):
+        from_directory(write(folder, tokenizer__json=data))
+
+
+def test_a_post_processor_of_unknown_tokens(folder):
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["post_processor"]["special_tokens"] = {}
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        from_directory(write(folder, tokenizer__json=data))
+
+
 def test_files_that_are_not_text(folder):
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="UTF-8"):

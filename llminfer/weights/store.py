@@ -79,7 +79,7 @@ def prepared(key: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], build: 
         return tree
     tree = build()
     # Another process may have been faster.
-    if (other := _load(folder, key, shapes)) is not None:
+    if (other := _load(folder, key, shapes, logging.DEBUG)) is not None:
         return other
     try:
         _write(folder, key, tree)
@@ -91,8 +91,8 @@ def prepared(key: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], build: 
     return _load(folder, key, shapes) or tree
 
 
-def _load(folder: Path, key: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Flat | None:
-    """The mapped entry, or None (with a log line, unless there is none) when it is not whole and right."""
+def _load(folder: Path, key: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], level: int = logging.WARNING) -> Flat | None:
+    """The mapped entry, or None (with a log line of `level`, unless there is none) when it is not whole and right."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         with (folder / "weights.bin").open("rb") as file:
@@ -113,7 +113,7 @@ def _load(folder: Path, key: dict[str, Any], shapes: Mapping[str, tuple[int, ...
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        log.warning("stored weights in %s are damaged (%s: %s); preparing them again", folder, type(error).__name__, error)
+        log.log(level, "stored weights in %s are damaged (%s: %s); preparing them again", folder, type(error).__name__, error)
         return None
     if hasattr(data, "madvise"):
         data.madvise(mmap.MADV_WILLNEED)

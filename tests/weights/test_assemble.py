@@ -134,7 +134,7 @@ def test_what_may_be_left_over():
     config = tiny(tie_embeddings=True)
     shapes = hf_shapes(config) | {"lm_head.weight": (64, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}
     check(shapes, config, "here")
-    with pytest.raises(UserError, match="lm_head.weight .* is missing"):
+    with pytest.raises(UserError, match=r"lm_head\.weight .* is missing"):
         check(hf_shapes(config), tiny(), "here")
 
 

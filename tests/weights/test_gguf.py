@@ -65,7 +65,14 @@ def test_reads_what_the_gguf_package_writes(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     file = GgufFile(tmp_path / "a.gguf")
-    expected = {"a.text": "grüße\n", "a.strings": ["", "x", "日本"], "a.ints": [-1, 2], "a.bool": True, "a.double": 1e-300, "a.long": -(2**40)}
+    expected = {
+        "a.text": "grüße\n",
+        "a.strings": ["", "x", "日本"],
+        "a.ints": [-1, 2],
+        "a.bool": True,
+        "a.double": 1e-300,
+        "a.long": -(2**40),
+    }
     assert {key: file.metadata[key] for key in expected} == expected
     np.testing.assert_array_equal(file.read("t"), values)
     np.testing.assert_allclose(file.read("q"), values, atol=2)
@@ -107,15 +114,15 @@ def test_a_vocabulary_is_read_quickly(tmp_path):
     tokens = [f"token{i}" for i in range(50_000)]
     data = gguf_bytes({"general.architecture": "llama", "tokenizer.ggml.tokens": tokens, "x": list(range(50_000))}, {})
     (tmp_path / "v.gguf").write_bytes(data)
-    began = time.perf_counter()
+    began = time.process_time()
     file = GgufFile(tmp_path / "v.gguf")
-    assert time.perf_counter() - began < 1.0  # some 20 ms on an idle machine
+    assert time.process_time() - began < 1.0  # some 20 ms on an idle machine
     assert file.metadata["tokenizer.ggml.tokens"] == tokens and file.metadata["x"][-1] == 49_999
 
 
 HEAD = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
 ARCHITECTURE = {"general.architecture": "llama"}
-ROW = np.zeros((2, 32), np.float32)
+ROW = np.ones((2, 32), np.float32)
 
 
 def described(shape: tuple[int, ...], kind: int, offset: int, data: bytes = b"") -> bytes:
@@ -163,10 +170,10 @@ DAMAGED = {
 def test_damage_is_one_clear_line(tmp_path, case):
     data, message = DAMAGED[case]
     (tmp_path / "x.gguf").write_bytes(data)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(UserError) as error:
         open_model(str(tmp_path / "x.gguf"))
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
     assert message in str(error.value) and "\n" not in str(error.value) and "x.gguf" in str(error.value)
 
 
@@ -174,10 +181,10 @@ def test_tensors_may_not_overlap_or_occur_twice(tmp_path):
     one = gguf_bytes(ARCHITECTURE, {"a": f32(ROW), "b": f32(ROW)})
     with pytest.raises(UserError, match="twice"):
         opened(tmp_path / "x.gguf", one.replace(text("b"), text("a")))
-    second = struct.pack("<IQ", F32, 256)
+    second = struct.pack("<2QIQ", 32, 2, F32, 256)
     assert one.count(second) == 1
     with pytest.raises(UserError, match="'a' and 'b' overlap"):
-        opened(tmp_path / "x.gguf", one.replace(second, struct.pack("<IQ", F32, 32)))
+        opened(tmp_path / "x.gguf", one.replace(second, struct.pack("<2QIQ", 32, 2, F32, 32)))
 
 
 FIELDS = [
@@ -193,7 +200,7 @@ FIELDS = [
     ({"llama.rope.scaling.factor": float("nan")}, "factor nan"),
     ({"tokenizer.ggml.eos_token_id": 64}, "must be from 0 to vocab_size-1=63"),
     ({"llama.block_count": 3}, "model.layers.2.input_layernorm.weight [32] is missing"),
-    ({"llama.embedding_length": 64}, "expected [64, 64]"),
+    ({"llama.feed_forward_length": 64}, "mlp.gate_proj.weight is [96, 32], expected [64, 32]"),
     ({"tokenizer.ggml.tokens": ["a"] * 63}, "model.embed_tokens.weight is [64, 32], expected [63, 32]"),
 ]
 
