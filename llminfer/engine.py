@@ -126,7 +126,7 @@ class Engine:
                 specs = weights.param_specs(self.c)
                 params = jax.jit(lambda key: weights.init(specs, key, dtype))(jax.random.key(self.settings.seed % 2**63))
             else:
-                params = jax.tree.map(lambda x, s: jax.device_put((x if x.dtype == dtype else x.astype(dtype)).reshape(s.shape), device), params, weights.param_specs(self.c))
+                params = jax.tree.map(lambda x: jax.device_put(x if x.dtype == dtype else x.astype(dtype), device), params)
             if self.settings.quantize == "int8":
                 params = jax.tree.map(_quantize, params, weights.param_specs(self.c))
             if self.target.stacked:

@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from llminfer import step
 from llminfer.batch import BatchShape, pack, pack_loop
@@ -69,7 +71,13 @@ class Programs:
             extra, keywords = (pack_loop(Plan(()), program.shape.rows),), {"most": self.most}
         function = functools.partial(function, c=self.c, target=self.target, **keywords)
         batch = pack((), program.shape)
-        return jax.jit(function, donate_argnums=(1, 2)).lower(*self.shapes, batch, *extra)
+        with jax.sharding.use_abstract_mesh(self._mesh().abstract_mesh):
+            return jax.jit(function, donate_argnums=(1, 2)).lower(*self.shapes, batch, *extra)
+
+    def _mesh(self) -> Mesh:
+        """The target's devices, so that kernels know the chip that they are lowered for, present here or not."""
+        devices = jax.tree.leaves(self.shapes)[0].sharding.device_set
+        return Mesh(np.array(sorted(devices, key=lambda d: d.id)), ("devices",))
 
     def _compile(self, program: Program) -> Any:
         start = time.perf_counter()

@@ -4,7 +4,9 @@
 
 Needs torch, transformers, gguf, llama-cpp-python, tokenizers; imports nothing of llminfer. One JSON line a result, with
 the load of the machine when it was taken. Prompts are cut from the long prompt of goldens/smollm2.npz, so that any engine
-can be given the same ids: `prefill` reads its first 512; row i of a batch is `long[i * 64 : (i + 1) * 64]`.
+can be given the same ids: `prefill` reads its first 512; row i of a batch is `long[i * 64 : (i + 1) * 64]`. `others_cpus` is how
+many CPUs other processes kept busy meanwhile: above 0.1 or so a result counts for little, llama.cpp's least of all, since
+its threads wait for each other by spinning.
 
 transformers  float32 weights, sdpa attention, greedy loop over the model's forward with its dynamic cache
 llama         float32 weights (a GGUF written by this script), llama.cpp's default float16 cache, unified over sequences
@@ -164,6 +166,12 @@ PEERS: dict[str, Callable[[argparse.Namespace], Peer]] = {
 }
 
 
+def busy_seconds() -> float:
+    """CPU seconds that all processes of this Linux machine have used so far."""
+    user, nice, system = (int(x) for x in Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(name: str, peer: Peer, case: str, reps: int) -> dict[str, Any]:
     """One result: medians over `reps` runs after one short run that is not counted."""
     with np.load(GOLDENS / "smollm2.npz") as file:
@@ -171,7 +179,9 @@ def measure(name: str, peer: Peer, case: str, reps: int) -> dict[str, Any]:
     rows, length, steps = CASES[case], *((PREFILL, 0) if case == "prefill" else (ROW, NEW_TOKENS))
     prompts = ids[: rows * length].reshape(rows, length)
     peer.run(prompts, min(steps, 4))
+    wall, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
     prefill, decode, tokens = zip(*(peer.run(prompts, steps) for _ in range(reps)))
+    wall, busy, own = time.perf_counter() - wall, busy_seconds() - busy, time.process_time() - own
     speeds = [rows * steps / t for t in decode] if steps else [prompts.size / t for t in prefill]
     return {
         "peer": name,
@@ -182,6 +192,7 @@ def measure(name: str, peer: Peer, case: str, reps: int) -> dict[str, Any]:
         "lowest": round(min(speeds), 2),
         "highest": round(max(speeds), 2),
         "first_tokens": tokens[0][0, :8].tolist(),
+        "others_cpus": round((busy - own) / wall, 2),
         "load_1min": round(os.getloadavg()[0], 2),
         "version": peer.version,
     }

@@ -1,10 +1,11 @@
 """The TPU paged-attention kernel against a dense float32 oracle (interpreted), and compiled for real TPU targets."""
 
+import functools
 import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -28,117 +29,126 @@ AOT = {
 BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 
 
-@dataclass
-class Case:
-    """One call: lengths of each sequence (new rows, context with them) and the sizes of everything else."""
+@dataclass(frozen=True)
+class Program:
+    """What is static in a call: one compilation, slow in the interpreter, so that several cases share it."""
 
-    q_len: tuple[int, ...]
-    kv_len: tuple[int, ...]
+    seqs: int
+    rows: int  # of q, k and v; those that no sequence needs lie between the sequences
     q_max: int
+    pages: int  # of a sequence
     page: int = 16
     group: int = 4
     kv_heads: int = 2
     head_dim: int = 128
     dtype: type = jnp.float32
-    window: int = 0
     softcap: float | None = None
-    gap: int = 1  # rows of nobody between sequences
+    transfers: str = "eager"
+
+    @functools.cached_property
+    def call(self):
+        params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=self.transfers)
+        static = dict(scale=self.head_dim**-0.5, softcap=self.softcap, q_max=self.q_max, interpret=params)
+        return jax.jit(functools.partial(paged_attention_tpu, **static))
+
+
+@dataclass(frozen=True)
+class Case:
+    program: str
+    q_len: tuple[int, ...]
+    kv_len: tuple[int, ...]
+    window: int = 0
     seed: int = 0
-    interpret: object = None
 
 
-def build(case: Case):
+def build(program: Program, case: Case):
     """Arguments of the kernel. Sequences lie in a shuffled order, pages are permuted, everything that nobody owns is NaN."""
-    rng = np.random.default_rng(case.seed)
-    seqs, width = len(case.q_len), 2 * case.head_dim
-    per_seq = max(math.ceil(n / case.page) for n in case.kv_len) + 1
-    pool = seqs * per_seq + 3
-    draw = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), case.dtype))
-    starts, at = np.zeros(seqs, np.int32), case.gap
-    for r in rng.permutation(seqs):
-        starts[r], at = at, at + case.q_len[r] + case.gap
-    q = draw(at, case.group * case.kv_heads, case.head_dim)
-    k, v = draw(at, case.kv_heads, case.head_dim), draw(at, case.kv_heads, case.head_dim)
-    kv = np.full((LAYERS, pool, case.kv_heads, case.page, width), np.nan, q.dtype)
-    order, table = rng.permutation(pool), rng.integers(0, pool, (seqs, per_seq))
+    rng, page, heads = np.random.default_rng(case.seed), program.page, program.kv_heads
+    pool = program.seqs * program.pages + 3
+    draw = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), program.dtype))
+    starts = np.zeros(program.seqs, np.int32)
+    gaps = rng.multinomial(program.rows - sum(case.q_len), np.full(program.seqs + 1, 1 / (program.seqs + 1)))
+    at = 0
+    for r in rng.permutation(program.seqs):
+        starts[r] = at + gaps[r]
+        at = starts[r] + case.q_len[r]
+    q = draw(program.rows, program.group * heads, program.head_dim)
+    k, v = draw(program.rows, heads, program.head_dim), draw(program.rows, heads, program.head_dim)
+    kv = np.full((LAYERS, pool, heads, page, 2 * program.head_dim), np.nan, q.dtype)
+    order, table = rng.permutation(pool), rng.integers(0, pool, (program.seqs, program.pages), dtype=np.int32)
     for r, (new, total) in enumerate(zip(case.q_len, case.kv_len, strict=True)):
         low = max(0, total - new - case.window + 1) if case.window else 0
-        for j in range(math.ceil(total / case.page)):
-            if (j + 1) * case.page <= low:
-                continue  # fell out of the window: the table entry is arbitrary
-            table[r, j] = order[r * per_seq + j]
-            rows = max(0, min(case.page, total - new - j * case.page))
-            kv[:, table[r, j], :, :rows] = draw(LAYERS, case.kv_heads, rows, width)
+        for j in range(low // page, math.ceil(total / page)):  # entries of pages that fell out of the window stay arbitrary
+            table[r, j] = order[r * program.pages + j]
+            rows = max(0, min(page, total - new - j * page))
+            kv[:, table[r, j], :, :rows] = draw(LAYERS, heads, rows, 2 * program.head_dim)
     lengths = dict(q_start=starts, q_len=np.array(case.q_len, np.int32), kv_len=np.array(case.kv_len, np.int32))
-    return q, k, v, kv, table.astype(np.int32), lengths
+    return q, k, v, kv, dict(layer=np.int32(LAYER), window=np.int32(case.window), page_table=table, **lengths)
 
 
-def oracle(case: Case, q, k, v, kv, table, lengths):
-    """Dense float32 attention, one sequence and one row at a time: (out, cache)."""
-    out, cache = np.zeros(q.shape, np.float32), kv.copy()
-    for r, (start, new, total) in enumerate(zip(*lengths.values(), strict=True)):
-        for n in range(new):
-            pos = total - new + n
-            cache[LAYER, table[r, pos // case.page], :, pos % case.page] = np.concatenate([k[start + n], v[start + n]], axis=-1)
-        for n in range(new):
-            pos = total - new + n
-            seen = np.arange(max(0, pos - case.window + 1) if case.window else 0, pos + 1)
-            rows = cache[LAYER, table[r, seen // case.page], :, seen % case.page].astype(np.float64)  # [keys, heads, 2D]
-            rows = rows.repeat(case.group, axis=1)
-            scores = np.einsum("hd,nhd->hn", q[start + n].astype(np.float64), rows[..., : case.head_dim]) * case.head_dim**-0.5
-            if case.softcap:
-                scores = np.tanh(scores / case.softcap) * case.softcap
+def oracle(program: Program, q, k, v, kv, data):
+    """Dense attention in float64, one row at a time: (out, cache)."""
+    out, cache, dim, window = np.zeros(q.shape, np.float32), kv.copy(), program.head_dim, data["window"]
+    for r, table in enumerate(data["page_table"]):
+        start, new = data["q_start"][r], data["q_len"][r]
+        positions = data["kv_len"][r] - new + np.arange(new)
+        for row, pos in enumerate(positions, start):
+            cache[LAYER, table[pos // program.page], :, pos % program.page] = np.concatenate([k[row], v[row]], axis=-1)
+        for row, pos in enumerate(positions, start):
+            seen = np.arange(max(0, pos - window + 1) if window else 0, pos + 1)
+            rows = cache[LAYER, table[seen // program.page], :, seen % program.page].astype(np.float64)  # [keys, heads, 2 * dim]
+            rows = rows.repeat(program.group, axis=1)
+            scores = np.einsum("hd,nhd->hn", q[row].astype(np.float64), rows[..., :dim]) * dim**-0.5
+            if program.softcap:
+                scores = np.tanh(scores / program.softcap) * program.softcap
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            out[start + n] = np.einsum("hn,nhd->hd", weights / weights.sum(axis=1, keepdims=True), rows[..., case.head_dim :])
+            out[row] = np.einsum("hn,nhd->hd", weights / weights.sum(axis=1, keepdims=True), rows[..., dim:])
     return out, cache
 
 
-def check(case: Case, capfd):
-    q, k, v, kv, table, lengths = build(case)
-    want, want_kv = oracle(case, q, k, v, kv, table, lengths)
-    params = case.interpret or pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
-    call = jax.jit(
-        lambda q, k, v, kv, layer, window, table, lengths: paged_attention_tpu(
-            q, k, v, kv, layer=layer, page_table=table, window=window, scale=case.head_dim**-0.5, softcap=case.softcap,
-            q_max=case.q_max, interpret=params, **lengths,
-        )
-    )  # fmt: skip
-    out, cache = jax.block_until_ready(call(q, k, v, kv, LAYER, case.window, table, lengths))
-    printed = capfd.readouterr()
-    assert "RACE" not in (printed.out + printed.err).upper(), printed.out + printed.err
-    out, cache = np.asarray(out, np.float32), np.asarray(cache)
-    assert out.dtype == np.float32 and np.isfinite(out).all()
-    np.testing.assert_array_equal(cache, want_kv)
-    assert np.abs(out - want).max() <= BOUND[case.dtype] * max(1.0, np.abs(want).max())
-
-
-MIX = dict(q_len=(0, 1, 15, 16, 17, 48), kv_len=(0, 20, 15, 33, 17, 90), q_max=48)
-CASES = {
-    "decode": Case((1, 1, 0, 1, 1), (1, 16, 0, 37, 33), 1),
-    "decode_window_float32_g1": Case((1, 1, 1), (40, 9, 70), 1, window=20, group=1),
-    "decode_blocks_bf16_g8": Case((1, 0, 1), (1100, 0, 2049), 1, kv_heads=1, group=8, page=128, dtype=jnp.bfloat16),
-    "decode_head64_g3_softcap": Case((1, 1), (33, 90), 1, group=3, kv_heads=3, head_dim=64, softcap=5.0, dtype=jnp.bfloat16),
-    "mix": Case(**MIX),
-    "mix_no_gap_bf16_g8": Case(**MIX, gap=0, group=8, kv_heads=1, dtype=jnp.bfloat16, seed=1),
-    "mix_window_head64_g3": Case(**MIX, window=24, group=3, kv_heads=3, head_dim=64, seed=2),
-    "mix_window_over_context_softcap": Case(**MIX, window=1000, group=1, softcap=5.0, dtype=jnp.bfloat16, seed=3),
-    "pages_of_48": Case((47, 49, 1, 144), (60, 49, 30, 300), 144, page=48, kv_heads=1, group=1, seed=4),
-    "prefill_blocks": Case((130, 3, 1), (700, 600, 530), 130, kv_heads=1, group=3, dtype=jnp.bfloat16, seed=5),
-    "prefill_blocks_window": Case((130, 3, 1), (700, 600, 1500), 130, page=64, kv_heads=1, group=1, window=90, seed=6),
-    "nothing_to_do": Case((0, 0), (0, 5), 4, gap=2),
+MIX_Q, MIX_KV = (0, 1, 15, 16, 17, 48), (0, 20, 15, 33, 17, 90)
+PROGRAMS = {
+    "decode": Program(seqs=5, rows=6, q_max=1, pages=7),
+    "decode_late": Program(seqs=5, rows=6, q_max=1, pages=7, transfers="on_wait"),
+    "decode_blocks": Program(seqs=3, rows=3, q_max=1, pages=17, page=128, group=8, kv_heads=1, dtype=jnp.bfloat16),
+    "decode_head64": Program(seqs=2, rows=2, q_max=1, pages=6, group=3, kv_heads=3, head_dim=64, dtype=jnp.bfloat16, softcap=5.0),
+    "mix": Program(seqs=6, rows=110, q_max=48, pages=6, group=1),
+    "mix_late": Program(seqs=6, rows=110, q_max=48, pages=6, group=1, transfers="on_wait"),
+    "mix_head64": Program(seqs=6, rows=97, q_max=48, pages=6, group=3, kv_heads=3, head_dim=64, dtype=jnp.bfloat16, softcap=5.0),
+    "pages_of_48": Program(seqs=4, rows=250, q_max=144, pages=7, page=48, kv_heads=1),
+    "blocks": Program(seqs=3, rows=140, q_max=130, pages=11, page=64, kv_heads=1, group=8, dtype=jnp.bfloat16),
 }
+CASES = [
+    Case("decode", (1, 1, 0, 1, 1), (1, 16, 0, 37, 33)),
+    Case("decode", (1, 1, 1, 0, 1), (100, 21, 70, 5, 112), window=20),
+    Case("decode_late", (1, 1, 0, 1, 1), (1, 16, 0, 37, 33)),
+    Case("decode_blocks", (1, 0, 1), (1100, 0, 2049)),
+    Case("decode_blocks", (1, 1, 1), (1030, 2048, 129), window=300),
+    Case("decode_head64", (1, 1), (33, 90)),
+    Case("mix", MIX_Q, MIX_KV),
+    Case("mix", MIX_Q, MIX_KV, window=24, seed=1),
+    Case("mix", MIX_Q[::-1], MIX_KV[::-1], window=1000, seed=2),
+    Case("mix", (0,) * 6, MIX_KV),
+    Case("mix_late", MIX_Q, MIX_KV, window=24),
+    Case("mix_head64", MIX_Q, MIX_KV),
+    Case("pages_of_48", (47, 49, 1, 144), (60, 49, 30, 300)),
+    Case("blocks", (130, 3, 1), (700, 600, 530)),
+    Case("blocks", (3, 130, 1), (513, 650, 530), window=90),
+]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_matches_oracle(name, capfd):
-    check(CASES[name], capfd)
-
-
-@pytest.mark.parametrize("name", ["decode", "mix"])
-def test_late_transfers(name, capfd):
-    """The interpreter moves data as late as it may: at the wait."""
-    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait")
-    check(replace(CASES[name], interpret=params), capfd)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.program}-{case.window}-{case.seed}")
+def test_matches_oracle(case, capfd):
+    program = PROGRAMS[case.program]
+    q, k, v, kv, data = build(program, case)
+    want, want_kv = oracle(program, q, k, v, kv, data)
+    out, cache = jax.block_until_ready(program.call(q, k, v, kv, **data))
+    printed = "".join(capfd.readouterr())
+    assert "RACE" not in printed, printed
+    np.testing.assert_array_equal(np.asarray(cache, np.float32), want_kv.astype(np.float32))
+    assert out.dtype == program.dtype
+    error = np.abs(np.asarray(out, np.float32) - want).max()
+    assert error <= BOUND[program.dtype] * max(1.0, np.abs(want).max())
 
 
 @pytest.mark.parametrize(
