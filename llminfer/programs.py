@@ -6,12 +6,15 @@ stay 0.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
+import queue
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +51,27 @@ class Programs:
         self.c, self.target, self.shapes, self.most = c, target, shapes, most
         self.seconds: dict[Program, float] = {}
         self.progress = progress
-        self._pool = ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1)), thread_name_prefix="compile")
         self._futures: dict[Program, Future] = {}
+        self._queue: queue.SimpleQueue[Program | None] = queue.SimpleQueue()
+        self._tracing = threading.Lock()  # in Python, so one at a time, and in the order asked for
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(max(1, min(4, os.cpu_count() or 1)))]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)
 
     def want(self, programs: list[Program]) -> None:
         """Queues programs for compilation."""
         for program in programs:
             if program not in self._futures:
-                self._futures[program] = self._pool.submit(self._compile, program)
+                self._futures[program] = Future()
+                self._queue.put(program)
+
+    def _work(self) -> None:
+        while (program := self._queue.get()) is not None:
+            try:
+                self._futures[program].set_result(self._compile(program))
+            except BaseException as error:  # whoever waits for the program gets it
+                self._futures[program].set_exception(error)
 
     def get(self, program: Program) -> Any:
         """The compiled program; waits for it if it must."""
@@ -82,7 +98,9 @@ class Programs:
     def _compile(self, program: Program) -> Any:
         start = time.perf_counter()
         handle = self.progress.task(f"compile {program.kind} {program.shape.tokens}", 1) if self.progress else None
-        compiled = self.lower(program).compile()
+        with self._tracing:
+            lowered = self.lower(program)
+        compiled = lowered.compile()
         self.seconds[program] = time.perf_counter() - start
         if handle:
             handle.advance(1)
@@ -90,7 +108,16 @@ class Programs:
         return compiled
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Gives up what is queued and waits for what is being compiled: XLA must not be cut off by the interpreter's end."""
+        atexit.unregister(self.close)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (program := self._queue.get_nowait()) is not None:
+                    self._futures[program].cancel()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
 
 
 @contextlib.contextmanager

@@ -42,9 +42,11 @@ def paged_attention(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, w
         return paged_attention_reference(q, k, v, kv, **args)
     if impl not in ("pallas", "interpret"):
         raise ValueError(f"impl={impl!r}: legal: reference, pallas, interpret")
+    from jax.experimental.pallas import tpu as pltpu
+
     from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 
-    return paged_attention_tpu(q, k, v, kv, **args, interpret=impl == "interpret")
+    return paged_attention_tpu(q, k, v, kv, **args, interpret=pltpu.InterpretParams() if impl == "interpret" else False)
 
 
 def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max):

@@ -30,6 +30,7 @@ MASKED = -1e30  # finite, so that a row which sees nothing of a block stays free
 DECODE_KEYS, PREFILL_KEYS = 1024, 512  # keys a block, before VMEM bounds it
 BLOCK_BYTES = 4 << 20  # of one of the two key-value buffers
 TILE_ROWS = 2048  # rows (tokens x query heads) of one query tile
+TABLE_ENTRIES = 240 << 10  # of the page table: scalar memory holds 1 MiB on every TPU so far
 LANES = 128
 
 
@@ -124,11 +125,6 @@ def _requested_early(plan: _Plan, s: _Scalars, i, item: _Item):
     return (i > 0) & ((s.item_seq[jnp.maximum(i - 1, 0)] != item.seq) | clean)
 
 
-def _pages_of(plan: _Plan, item: _Item, b):
-    """First and past-the-end logical page of block `b` that the item sees."""
-    return jnp.maximum(b * plan.block_pages, item.low // plan.page), jnp.minimum((b + 1) * plan.block_pages, pl.cdiv(item.end, plan.page))
-
-
 class _Reader(NamedTuple):
     """Copies blocks of pages from the cache into one of two VMEM buffers."""
 
@@ -142,37 +138,30 @@ class _Reader(NamedTuple):
         dst = self.buf.at[slot, :, pl.ds(row, self.plan.page), :]
         return pltpu.make_async_copy(self.kv.at[self.s.layer[0], page_id], dst, self.sem.at[slot])
 
+    def _by_size(self, item: _Item, b, full, one):
+        """Runs full() for a block seen from its first page to its last, otherwise one(n) for the n-th page, for each page seen."""
+        base = b * self.plan.block_pages
+        first = jnp.maximum(item.low // self.plan.page - base, 0)
+        end = jnp.minimum(pl.cdiv(item.end, self.plan.page) - base, self.plan.block_pages)
+        whole = end - first == self.plan.block_pages
+        pl.when(whole)(full)
+        pl.when(jnp.logical_not(whole))(lambda: lax.fori_loop(first, end, lambda n, _: one(n), None))
+
     def start(self, item: _Item, b, slot):
-        plan, base = self.plan, item.seq * self.plan.pages_per_seq
+        entry = item.seq * self.plan.pages_per_seq + b * self.plan.block_pages
 
-        def one(j, _):
-            row = pl.multiple_of((j - b * plan.block_pages) * plan.page, plan.page)
-            self._copy(self.s.page_table[base + j], row, slot).start()
+        def one(n):
+            self._copy(self.s.page_table[entry + n], pl.multiple_of(n * self.plan.page, self.plan.page), slot).start()
 
-        first, end = _pages_of(plan, item, b)
-        full = end - first == plan.block_pages
+        def full():
+            for n in range(self.plan.block_pages):
+                one(n)
 
-        @pl.when(full)
-        def _():
-            for j in range(plan.block_pages):
-                self._copy(self.s.page_table[base + b * plan.block_pages + j], j * plan.page, slot).start()
-
-        @pl.when(jnp.logical_not(full))
-        def _():
-            lax.fori_loop(first, end, one, None)
+        self._by_size(item, b, full, one)
 
     def wait(self, item: _Item, b, slot):
-        first, end = _pages_of(self.plan, item, b)
-        full = end - first == self.plan.block_pages
-
-        @pl.when(full)
-        def _():
-            whole = self.buf.at[slot]
-            pltpu.make_async_copy(whole, whole, self.sem.at[slot]).wait()
-
-        @pl.when(jnp.logical_not(full))
-        def _():
-            lax.fori_loop(first, end, lambda j, _: self._copy(0, 0, slot).wait(), None)
+        whole = self.buf.at[slot]
+        self._by_size(item, b, pltpu.make_async_copy(whole, whole, self.sem.at[slot]).wait, lambda n: self._copy(0, 0, slot).wait())
 
 
 class _Writer(NamedTuple):
@@ -202,7 +191,8 @@ class _Writer(NamedTuple):
         """Puts the item's new rows of block b into the buffer and starts their way to the cache."""
         for w in range(self.plan.windows):
             start = (item.first // self.plan.align + w) * self.plan.align
-            pl.when((start < item.end) & (start // self.plan.block == b))(functools.partial(self._patch_window, item, start, b, slot, parity, w))
+            patch = functools.partial(self._patch_window, item, start, b, slot, parity, w)
+            pl.when((start < item.end) & (start // self.plan.block == b))(patch)
 
     def _patch_window(self, item: _Item, start, b, slot, parity, w):
         plan = self.plan
@@ -330,7 +320,7 @@ def _run_item(plan: _Plan, s: _Scalars, reader: _Reader, writer: _Writer, q_ref,
         out_ref[0, h] = jnp.where(mine, result, out_ref[0, h].astype(jnp.float32)).astype(out_ref.dtype)
 
     _for_heads(plan, finish)
-    pl.when(last)(lambda: [writer.drain(0), writer.drain(1)] and None)
+    pl.when(last)(lambda: lax.fori_loop(0, 2, lambda either, _: writer.drain(either), None))
 
 
 def _kernel(*refs, plan: _Plan):
@@ -396,8 +386,8 @@ def _make_plan(q, kv, pages_per_seq: int, q_max: int, scale: float, softcap: flo
             tile //= 2
         rows, align = tile * group, tile
     unit = math.lcm(page, align)  # a window never straddles two blocks
-    keys = min(DECODE_KEYS if tile == 1 else PREFILL_KEYS, BLOCK_BYTES // (heads * 2 * head_dim * size), pl.cdiv(pages_per_seq * page, unit) * unit)
-    block_pages = max(keys // unit, 1) * unit // page
+    keys = min(DECODE_KEYS if tile == 1 else PREFILL_KEYS, BLOCK_BYTES // (heads * 2 * head_dim * size))
+    block_pages = min(max(keys // unit, 1), pl.cdiv(pages_per_seq * page, unit)) * unit // page
     compute = jnp.promote_types(q.dtype, kv.dtype)
     return _Plan(heads, group, head_dim, page, pages_per_seq, block_pages, tile, rows, align, float(scale), softcap, compute)
 
@@ -436,13 +426,14 @@ def _call(plan: _Plan, q, new, kv, s: _Scalars, interpret):
             pltpu.SemaphoreType.DMA((2,)),
         ],
     )
-    vmem = _vmem_bytes(plan, kv.dtype.itemsize, q.dtype.itemsize)
+    vmem = max(_vmem_bytes(plan, kv.dtype.itemsize, q.dtype.itemsize), 16 << 20)
+    params = pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True, vmem_limit_bytes=vmem)
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         out_shape=[jax.ShapeDtypeStruct((tiles, *block[1:]), q.dtype), jax.ShapeDtypeStruct(kv.shape, kv.dtype)],
         grid_spec=grid_spec,
         input_output_aliases={len(s) + 2: 1},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True, vmem_limit_bytes=max(vmem, 16 << 20)),
+        compiler_params=params,
         interpret=interpret,
         name="paged_decode" if plan.tile == 1 else "paged_prefill",
     )(*s, q, new, kv)
@@ -461,15 +452,15 @@ def _check(q, k, v, kv, page_table, q_max: int) -> None:
     for name, x in (("q", q), ("kv", kv)):
         if x.dtype not in (jnp.bfloat16, jnp.float32):
             raise ValueError(f"{name} has dtype {x.dtype}: must be bfloat16 or float32")
-    if page_table.ndim != 2:
-        raise ValueError(f"page_table has shape {page_table.shape}: must be [sequences, pages of a sequence]")
+    if page_table.ndim != 2 or page_table.size > TABLE_ENTRIES:
+        raise ValueError(
+            f"page_table has shape {page_table.shape}: must be [sequences, pages of a sequence], {TABLE_ENTRIES} entries at most"
+        )
     if q_max < 1:
         raise ValueError(f"q_max is {q_max}: must be at least 1")
 
 
-def paged_attention_tpu(
-    q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, softcap=None, q_max, interpret=False
-):
+def paged_attention_tpu(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, softcap=None, q_max, interpret=False):
     """Writes new keys and values into a paged cache and attends to it. See pallas_kernels.paged_attention for the reference.
 
     q [T, Hq, D], k and v [T, Hkv, D]: new rows of all sequences, flattened; query head h uses key-value head h // (Hq // Hkv).
@@ -477,11 +468,12 @@ def paged_attention_tpu(
     layer, window: int32 scalars; window 0 is full attention, otherwise position p sees p-window+1..p.
     page_table int32 [R, pages_per_seq]; q_start, q_len, kv_len int32 [R]: first row, rows and context length (new rows included).
     q_max: static upper bound of q_len. 1 builds only the decode kernel; otherwise sequences with one row go through the decode
-    kernel and the others through the tiled one. interpret: False or a pltpu.InterpretParams.
+    kernel and the others through the tiled one. interpret: False, True or a pltpu.InterpretParams.
     Returns (out [T, Hq, D] of q's dtype, zero in rows of no sequence, and kv).
-    Raises ValueError for shapes and types that the kernel does not take.
+    Raises ValueError for shapes and types that the kernel does not take. Page ids are not checked: one out of range is undefined.
     """
     _check(q, k, v, kv, page_table, q_max)
+    interpret = pltpu.InterpretParams() if interpret is True else interpret
     scalar = lambda x: jnp.asarray(x, jnp.int32).reshape(1)
     shared = (scalar(layer), scalar(window), page_table.reshape(-1).astype(jnp.int32))
     q_start, q_len, kv_len = (x.astype(jnp.int32) for x in (q_start, q_len, kv_len))

@@ -144,7 +144,7 @@ def test_matches_oracle(case, capfd):
     want, want_kv = oracle(program, q, k, v, kv, data)
     out, cache = jax.block_until_ready(program.call(q, k, v, kv, **data))
     printed = "".join(capfd.readouterr())
-    assert "RACE" not in printed, printed
+    assert "RACE" not in printed and "non-zero count" not in printed, printed  # races, semaphores
     np.testing.assert_array_equal(np.asarray(cache, np.float32), want_kv.astype(np.float32))
     assert out.dtype == program.dtype
     error = np.abs(np.asarray(out, np.float32) - want).max()
@@ -202,8 +202,10 @@ assert temporaries[0] == temporaries[1], temporaries
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
-@pytest.mark.parametrize(("page", "rows", "q_max"), [(16, 64, 1), (128, 64, 1), (16, 256, 256), (128, 256, 256)])
+@pytest.mark.parametrize(
+    ("topology", "page", "rows", "q_max"),
+    [("v5e:2x2", 16, 64, 1), ("v6e:2x2", 128, 64, 1), ("v5e:2x2", 128, 256, 256), ("v6e:2x2", 16, 256, 256), ("tpu7x:2x2x1", 16, 256, 256)],
+)
 def test_compiles_for_tpu(topology, page, rows, q_max):
     """Llama-3-8B heads: the cache is aliased, and temporaries do not depend on the number of pages."""
     root = Path(__file__).parents[2]

@@ -1,0 +1,66 @@
+"""The plain-jnp body of paged_attention against the same dense oracle and cases as the TPU kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_paged_attention_tpu import BOUND, CASES, PROGRAMS, Case, Program, build, oracle
+
+from pallas_kernels.paged_attention import paged_attention
+
+# Shapes that only the reference takes: head sizes that a TPU has no lanes for, pages of 8.
+SMALL = {
+    "small": Program(seqs=6, rows=110, q_max=48, pages=12, page=8, group=2, kv_heads=2, head_dim=16),
+    "small_decode": Program(seqs=5, rows=6, q_max=1, pages=40, page=8, group=3, kv_heads=1, head_dim=80),
+}
+MORE = [
+    Case("small", (0, 1, 15, 16, 17, 48), (0, 20, 15, 33, 17, 90), window=12),
+    Case("small_decode", (1, 1, 0, 1, 1), (1, 310, 0, 128, 129)),
+    Case("small_decode", (1, 1, 1, 1, 1), (1, 310, 7, 256, 257), window=128),
+]
+
+
+@functools.cache
+def call(program: Program):
+    return jax.jit(functools.partial(paged_attention, scale=program.head_dim**-0.5, softcap=program.softcap, q_max=program.q_max))
+
+
+@pytest.mark.parametrize("case", CASES + MORE, ids=lambda case: f"{case.program}-{case.window}-{case.seed}")
+def test_reference_matches_oracle(case: Case) -> None:
+    program = {**PROGRAMS, **SMALL}[case.program]
+    program = dataclasses.replace(program, transfers="eager")
+    q, k, v, kv, data = build(program, case)
+    want, want_kv = oracle(program, q, k, v, kv, data)
+    out, cache = call(program)(q, k, v, kv, **data)
+    np.testing.assert_array_equal(np.asarray(cache, np.float32), want_kv.astype(np.float32))
+    assert out.dtype == program.dtype
+    error = np.abs(np.asarray(out, np.float32) - want).max()
+    assert error <= BOUND[program.dtype] * max(1.0, np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=(4, 2, 32)), "k "),
+        (dict(kv=(1, 4, 2, 16, 48)), "twice head_dim"),
+        (dict(q=(4, 3, 16)), "multiple of the 2 kv heads"),
+        (dict(kv=(1, 4, 2, 12, 32)), "page size 12"),
+        (dict(q_max=5), "q_max=5"),
+        (dict(rows=2), "must all be"),
+        (dict(impl="fast"), "impl='fast'"),
+    ],
+)
+def test_refuses(change: dict, message: str) -> None:
+    new, row = jnp.zeros((4, 2, 16)), jnp.zeros(1, jnp.int32)
+    k = jnp.zeros(change["k"]) if "k" in change else new
+    with pytest.raises(ValueError, match=message):
+        paged_attention(
+            jnp.zeros(change.get("q", (4, 4, 16))), k, k if "k" in change else new, jnp.zeros(change.get("kv", (1, 4, 2, 16, 32))),
+            layer=0, page_table=jnp.zeros((change.get("rows", 1), 2), jnp.int32), q_start=row, q_len=row, kv_len=row, window=0,
+            scale=1.0, q_max=change.get("q_max", 1), impl=change.get("impl", "reference"),
+        )  # fmt: skip

@@ -1,0 +1,139 @@
+"""Pages and Scheduler without a device: ownership, prefix hits, windows, preemption, and 3,000 random operations."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llminfer.pages import Pages
+from llminfer.request import FinishReason, Request, SamplingParams, Sequence
+from llminfer.scheduler import Plan, Scheduler
+
+PAGE = 8
+
+
+def sequence(prompt: list[int], limit: int = 4, salt: str = "") -> Sequence:
+    params = SamplingParams(max_tokens=limit, cache_salt=salt)
+    return Sequence(Request(prompt, params, 0, limit, frozenset({0}), 0.0), 0, None)
+
+
+def check(pages: Pages, sequences: list[Sequence]) -> None:
+    """Every page is free or owned as often as its count says; what is findable is what its digest says."""
+    for index, group in enumerate(pages.groups):
+        owned = [0] * group.total
+        for seq in sequences:
+            for page in seq.pages[index] if seq.pages else []:
+                if page >= 0:
+                    owned[page] += 1
+        assert owned == group.count
+        assert set(group.free) == {page for page, count in enumerate(group.count) if count == 0}
+        assert {digest: page for page, digest in group.hash_of.items()} == group.page_of
+
+
+def serve(scheduler: Scheduler, token: int = 7) -> list[Plan]:
+    """Runs until nothing is left; every drawn token is `token`."""
+    plans = []
+    while (plan := scheduler.schedule()) is not None:
+        assert not any(item.seq.finish for item in plan.items)
+        scheduler.commit(plan, [[token] * item.draws for item in plan.items])
+        plans.append(plan)
+        assert len(plans) < 10_000
+    return plans
+
+
+def test_prefix_is_found_again_and_the_last_token_is_always_computed() -> None:
+    pages = Pages((0,), (16,), PAGE, prefix_cache=True)
+    scheduler = Scheduler(pages, slots=1, chunk=64, decode_steps=4)
+    prompt = list(range(1, 33))
+    first, again, other = sequence(prompt), sequence(prompt), sequence(prompt, salt="tenant")
+    for seq in (first, again, other):
+        scheduler.add(seq)
+    serve(scheduler)
+    assert (first.cached, again.cached, other.cached) == (0, 24, 0)  # 32 tokens: the fourth page holds the last one
+    assert pages.free == pages.total
+
+
+def test_sliding_group_holds_only_its_window() -> None:
+    window, chunk = 16, 8
+    most = Pages.sliding_need(window, chunk, PAGE)
+    pages = Pages((0, window), (64, most), PAGE, prefix_cache=True)
+    scheduler = Scheduler(pages, slots=1, chunk=chunk, decode_steps=4)
+    seq = sequence([1 + i % 50 for i in range(200)], limit=100)
+    scheduler.add(seq)
+    held = 0
+    while (plan := scheduler.schedule()) is not None:
+        held = max(held, sum(page >= 0 for page in seq.pages[1]))
+        check(pages, [seq])
+        scheduler.commit(plan, [[7] * item.draws for item in plan.items])
+    assert seq.finish is FinishReason.LENGTH
+    assert held <= most
+    # What the next token of a 200-token prefix sees is findable in both groups, if it was not reused meanwhile.
+    again = sequence([1 + i % 50 for i in range(200)] + [7] * 60)
+    assert pages.match(again) in (0, 256)
+
+
+def test_decode_loops_follow_the_pages_and_preemption_computes_again() -> None:
+    pages = Pages((0,), (8,), PAGE, prefix_cache=False)
+    scheduler = Scheduler(pages, slots=4, chunk=32, decode_steps=16)
+    sequences = [sequence([i + 1] * 12, limit=40) for i in range(3)]
+    for seq in sequences:
+        scheduler.add(seq)
+    serve(scheduler)
+    assert scheduler.preemptions > 0
+    assert all(seq.finish is FinishReason.LENGTH and len(seq.output) == 40 for seq in sequences)
+    check(pages, [])
+
+
+def test_joins_and_leaves_between_steps() -> None:
+    pages = Pages((0,), (64,), PAGE, prefix_cache=False)
+    scheduler = Scheduler(pages, slots=2, chunk=16, decode_steps=8)
+    sequences = [sequence([i + 1] * (5 + 9 * i), limit=3 + i) for i in range(5)]
+    for seq in sequences:
+        scheduler.add(seq)
+    plans = serve(scheduler)
+    assert all(len(plan.items) <= 2 for plan in plans)
+    assert all(sum(item.count for item in plan.items) <= 16 + 2 for plan in plans)
+    assert any(plan.eager for plan in plans if plan.steps)  # someone waited for a slot
+    assert all(len(seq.output) == seq.request.limit for seq in sequences)
+
+
+def test_numbers_that_went_bad_are_not_found_again() -> None:
+    pages = Pages((0,), (16,), PAGE, prefix_cache=True)
+    scheduler = Scheduler(pages, slots=1, chunk=16, decode_steps=4)
+    seq = sequence(list(range(1, 33)))
+    scheduler.add(seq)
+    while (plan := scheduler.schedule()) is not None:
+        scheduler.commit(plan, [[-2] if item.draws else [] for item in plan.items])
+    assert seq.finish is FinishReason.ERROR
+    assert pages.match(sequence(list(range(1, 33)))) == 0
+
+
+@pytest.mark.parametrize("windows", [(0,), (16,), (0, 16)])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_random_operations_keep_the_books(windows: tuple[int, ...], prefix_cache: bool) -> None:
+    draw = random.Random(f"{windows}{prefix_cache}")
+    need = Pages.sliding_need(16, 16, PAGE)
+    pages = Pages(windows, tuple(4 * need if w else 24 for w in windows), PAGE, prefix_cache=prefix_cache)
+    scheduler = Scheduler(pages, slots=4, chunk=16, decode_steps=8)
+    alive: list[Sequence] = []
+    for _ in range(500):
+        if draw.random() < 0.3 and len(alive) < 12:
+            prompt = [1 + i % draw.choice([3, 50]) for i in range(draw.randrange(1, 60))]
+            seq = sequence(prompt, limit=draw.randrange(1, 60), salt=draw.choice(["", "x"]))
+            scheduler.add(seq)
+            alive.append(seq)
+        if alive and draw.random() < 0.05:
+            scheduler.abort(draw.choice(alive))
+        if (plan := scheduler.schedule()) is not None:
+            for item in plan.items:  # every position of the step has a page, and every one that it may draw on the way
+                last = item.start + item.count + max(0, item.draws - 1)
+                assert all(len(p) * PAGE >= last for p in item.seq.pages)
+            drawn = [[draw.randrange(0, 9) for _ in range(draw.randrange(1, item.draws + 1))] if item.draws else [] for item in plan.items]
+            scheduler.commit(plan, drawn)
+        alive = [seq for seq in alive if seq.finish is None]
+        check(pages, alive)
+        assert len(scheduler.running) + len(scheduler.free_slots) == 4
+    serve(scheduler)
+    check(pages, [])
+    assert pages.free == pages.total
