@@ -20,7 +20,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", default="1", help="prompts at once (default: 1)")
     parser.add_argument("--runs", default="5", help="measured runs, after one that is not counted (default: 5)")
     options = parser.parse_args(arguments)
-    sizes = {name: cli.positive(getattr(options, name), f"--{name.replace('_', '-')}") for name in ("prompt_tokens", "max_tokens", "batch", "runs")}
+    sizes = {
+        name: cli.positive(getattr(options, name), f"--{name.replace('_', '-')}")
+        for name in ("prompt_tokens", "max_tokens", "batch", "runs")
+    }
     options.set = ["prefix_cache=false", f"slots={max(8, sizes['batch'])}", *options.set]
     llm = cli.load(options)
     report = latency(llm, sizes["prompt_tokens"], sizes["max_tokens"], sizes["batch"], sizes["runs"])

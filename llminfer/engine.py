@@ -168,7 +168,7 @@ class Engine:
         made = []
         for index in range(params.n):
             seq = Sequence(request, index, request_key(seed, index))
-            seq.stream = TextStream(tokenizer.stream() if tokenizer else None, params.stop)
+            seq.stream = TextStream(tokenizer.stream() if tokenizer else None, params.stops)
             self.scheduler.add(seq)
             made.append(seq)
         return made
@@ -293,7 +293,7 @@ class Engine:
         }
 
 
-def _device(target: Target) -> jax.Device:
+def _device(target: Target) -> Any:
     return jax.devices()[0] if target.mesh is None else target.mesh.devices.flat[0]
 
 
@@ -328,7 +328,7 @@ def _pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, itemsize: 
     if spare < wanted * page or wanted < 1:
         have, need = memory / 2**30, (weight_bytes + fixed + max(wanted, 1) * page) / 2**30
         raise UserError(
-            f"model={c.name}: weights and cache need {need:.1f} GiB, the device has {have:.1f} GiB; smaller context, slots or pages would need less"
+            f"model={c.name}: weights and cache need {need:.1f} GiB, the device has {have:.1f} GiB; less context, slots or pages would do"
         )
     return tuple(sliding(w) if w else wanted for w in c.groups)
 

@@ -25,7 +25,7 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
         x = params.embed[jnp.clip(batch.tokens, 0, c.vocab_size - 1)].astype(target.dtype)
     rope = rope_table(c, batch.positions)
     layer = functools.partial(run_layer, batch=batch, rope=rope, c=c, target=target, q_max=q_max)
-    groups = list(cache.groups)
+    groups: list[Any] = list(cache.groups)
     if params.stacked:
         x, groups = _run_stacked(params.stacked, x, groups, layer, c)
     done = c.num_layers - len(params.listed)
@@ -48,18 +48,18 @@ def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], la
     share = [windows.count(group) for group in range(len(groups))]  # layers of each group in one pattern
 
     def body(carry, xs):
-        x, groups = carry
+        x, caches = carry
         repeat, weights = xs
         for place in range(period):
             group = windows[place]
             index = repeat * share[group] + windows[:place].count(group)
-            x, own = layer(weights[place], x, groups[group], index, group=group)
-            groups = (*groups[:group], own, *groups[group + 1 :])
-        return (x, groups), None
+            x, own = layer(weights[place], x, caches[group], index, group=group)
+            caches = (*caches[:group], own, *caches[group + 1 :])
+        return (x, caches), None
 
     repeats = jax.tree.leaves(stacked)[0].shape[0]
-    (x, groups), _ = jax.lax.scan(body, (x, tuple(groups)), (jnp.arange(repeats, dtype=jnp.int32), stacked))
-    return x, list(groups)
+    (x, caches), _ = jax.lax.scan(body, (x, tuple(groups)), (jnp.arange(repeats, dtype=jnp.int32), stacked))
+    return x, list(caches)
 
 
 @functools.partial(jax.jit, static_argnames=("c", "target", "q_max", "group"))

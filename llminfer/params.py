@@ -3,7 +3,7 @@ form and the checkpoint map are derived. State is plain pytrees (flax.struct), n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.struct
@@ -91,7 +91,7 @@ def stack(params: Params, c: ModelConfig) -> Params:
     repeats = c.num_layers // period
     whole = params.listed[: repeats * period]
     stacked = tuple(jax.tree.map(lambda *xs: jnp.stack(xs), *whole[place::period]) for place in range(period))
-    return params.replace(stacked=stacked, listed=params.listed[repeats * period :])
+    return replace(params, stacked=stacked, listed=params.listed[repeats * period :])
 
 
 def stacked_specs(c: ModelConfig) -> Params:
@@ -102,7 +102,7 @@ def stacked_specs(c: ModelConfig) -> Params:
     deep = jax.tree.map(
         lambda s: ParamSpec((repeats, *s.shape), ("layers", *s.axes), s.init, s.std, s.matrix), layer_specs(c), is_leaf=is_spec
     )
-    return specs.replace(stacked=(deep,) * period, listed=specs.listed[repeats * period :])
+    return replace(specs, stacked=(deep,) * period, listed=specs.listed[repeats * period :])
 
 
 def abstract(specs: Params, dtype: Any) -> Params:

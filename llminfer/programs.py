@@ -142,7 +142,7 @@ def _listen() -> None:
 
 def keep_compiled(folder: Path) -> None:
     """Turns on XLA's persistent compilation cache in `folder`, unless the user has set one up already."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from llminfer.errors import UserError, refuse
@@ -78,6 +78,11 @@ class SamplingParams:
             if getattr(self, name) != default:
                 raise refuse(name, getattr(self, name), f"not supported in this version; legal: {default}")
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return tuple(self.stop or ())
+
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> SamplingParams:
         """Builds from names; an unknown one lists the known ones. Raises UserError."""
@@ -102,7 +107,7 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
         raise refuse(name, value, f"must be a number from {low:g} to {high:g}")
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a sequence ended: an end token or stop string, its length, the caller, or logits that were not numbers."""
 
     STOP = "stop"

@@ -37,7 +37,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", default=None, help="one user turn (or, with --raw, a text to complete)")
     what.add_argument("--chat", action="store_true", help="talk with the model; an empty line or Ctrl-D ends")
-    what.add_argument("--batch", metavar="IN.jsonl", help="one JSON object a line: prompt (str or ids) or messages, and sampling parameters")
+    what.add_argument(
+        "--batch", metavar="IN.jsonl", help="one JSON object a line: prompt (str or ids) or messages, and sampling parameters"
+    )
     parser.add_argument("--out", metavar="OUT.jsonl", help="where --batch writes its results")
     parser.add_argument("--raw", action="store_true", help="complete the text as it is, without the chat template")
     parser.add_argument("--max-tokens", default="128", help="most new tokens (default: 128)")
@@ -212,7 +214,9 @@ def _batch(llm: Any, lines: list[dict[str, Any]], params: SamplingParams, option
     if options.json:
         cli.print_json(summary | llm.stats())
     else:
-        print(f"{len(lines)} requests, {failed} refused, {tokens} new tokens in {seconds:.1f} s ({tokens / seconds:.1f}/s)", file=sys.stderr)
+        print(
+            f"{len(lines)} requests, {failed} refused, {tokens} new tokens in {seconds:.1f} s ({tokens / seconds:.1f}/s)", file=sys.stderr
+        )
     return 0
 
 

@@ -6,6 +6,8 @@ last [slots] int32 holds the token that each slot drew last, so that a next step
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
@@ -43,7 +45,8 @@ def decode_loop(params: Params, cache: KVCache, last: jax.Array, batch: Batch, l
 
     def step(carry):
         i, live, tokens, length, cache, out = carry
-        now = batch.replace(
+        now = replace(
+            batch,
             tokens=tokens,
             positions=jnp.maximum(length - 1, 0),
             q_len=live.astype(jnp.int32),
@@ -79,10 +82,10 @@ def _fill(batch: Batch, last: jax.Array) -> Batch:
     """Puts the token drawn last in place of negative ids: those rows are the first (and only) of their sequence."""
     rows = batch.tokens.shape[0]
     drawn = jnp.zeros(rows, jnp.int32).at[jnp.where(batch.q_len > 0, batch.q_start, rows)].set(last[batch.slots], mode="drop")
-    return batch.replace(tokens=jnp.where(batch.tokens < 0, drawn, batch.tokens))
+    return replace(batch, tokens=jnp.where(batch.tokens < 0, drawn, batch.tokens))
 
 
 def _draw(params: Params, hidden: jax.Array, batch: Batch, c: ModelConfig) -> jax.Array:
     # The drawn token's position is the context length: the same noise whatever the batch, also after a preemption.
-    tokens = sample(model.logits(params, hidden, c), batch.sampling.replace(position=batch.kv_len))
+    tokens = sample(model.logits(params, hidden, c), replace(batch.sampling, position=batch.kv_len))
     return jnp.where(tokens < 0, NOT_A_NUMBER, tokens)

@@ -19,8 +19,8 @@ paged_attention_tpu.py), "interpret" (that kernel, interpreted on a CPU).
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -46,7 +46,8 @@ def paged_attention(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, w
 
     from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 
-    return paged_attention_tpu(q, k, v, kv, **args, interpret=pltpu.InterpretParams() if impl == "interpret" else False)
+    mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
+    return paged_attention_tpu(q, k, v, kv, **args, interpret=mode)
 
 
 def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max):
@@ -76,9 +77,7 @@ def paged_attention_reference(q, k, v, kv, *, layer, page_table, q_start, q_len,
     pages_a_block = max(1, KV_BLOCK // kv.shape[3])
     # dynamic_slice clamps: a table that is a whole number of blocks long keeps the last block where it belongs.
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_a_block)))
-    look = functools.partial(
-        _look, kv=kv, layer=layer, window=window, scale=scale, softcap=softcap, pages_a_block=pages_a_block
-    )
+    look = functools.partial(_look, kv=kv, layer=layer, window=window, scale=scale, softcap=softcap, pages_a_block=pages_a_block)
     if q_max == 1:
         rows = jnp.clip(q_start, 0, q.shape[0] - 1)
         live = q_len > 0

@@ -87,7 +87,9 @@ def test_nothing_is_compiled_over_fifty_requests_of_random_lengths() -> None:
     served, draw = llm("config:tiny"), random.Random(9)
     for _ in range(10):
         batch = [[draw.randrange(512) for _ in range(draw.randrange(1, 110))] for _ in range(5)]
-        params = [SamplingParams(max_tokens=draw.randrange(1, 18), temperature=draw.choice([0.0, 1.0]), top_k=draw.choice([0, 5])) for _ in batch]
+        params = [
+            SamplingParams(max_tokens=draw.randrange(1, 18), temperature=draw.choice([0.0, 1.0]), top_k=draw.choice([0, 5])) for _ in batch
+        ]
         for output, each in zip(served.generate(batch, params), params, strict=True):
             assert 1 <= len(output.token_ids) <= each.max_tokens
     assert served.stats()["compiles_after_warmup"] == 0
