@@ -24,8 +24,9 @@ class LLM:
     def __init__(self, model: str = "demo", *, progress: Any = None, **settings: Any):
         started = time.perf_counter()
         self.settings = EngineConfig.from_settings(settings)
-        if self.settings.mesh:
-            raise refuse("mesh", self.settings.mesh, "meshes are not supported in this version; legal: '' (one device)")
+        from sharding.mesh import parse_mesh
+
+        self._axes = _user(parse_mesh, self.settings.mesh)
         self.checkpoint = open_model(model, self.settings.cache_dir, progress)
         self.config = self.checkpoint.config
         # Reading the weights and the tokenizer needs no jax: it goes on while jax is imported and programs are compiled.
@@ -40,12 +41,13 @@ class LLM:
     def _build(self, progress: Any) -> None:
         from llminfer.engine import Engine
         from llminfer.programs import keep_compiled
-        from llminfer.target import Target, device
+        from llminfer.target import Target, devices
+        from sharding.mesh import make_mesh
 
         keep_compiled(cache_root(self.settings.cache_dir) / "xla")
-        self.target = Target.of(device().platform, layout=self.settings.layout, dtype=self.settings.dtype)
+        mesh = _user(make_mesh, self._axes, devices())
+        self.target = Target.of(devices()[0].platform, layout=self.settings.layout, dtype=self.settings.dtype, mesh=mesh)
         self.engine = Engine(self.config, self.settings, self.target, progress)
-        self.engine.prepare(self.engine.abstract_params())
         self.engine.warm_up()
 
     # Prompts ----------------------------------------------------------------------------------------------------
@@ -160,6 +162,14 @@ class LLM:
     def close(self) -> None:
         """Ends the background threads."""
         self.engine.programs.close()
+
+
+def _user(function: Any, *arguments: Any) -> Any:
+    """Calls what knows nothing of users; its ValueError becomes theirs."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _completion(seq: Sequence) -> Completion:

@@ -35,9 +35,9 @@ def abstract(c: ModelConfig, pages: tuple[int, ...], page_size: int, dtype: Any,
 
 def allocate(shapes: KVCache, *, poison: bool = False) -> KVCache:
     """The arrays, uninitialised: what no sequence owns is never read. poison fills them with NaN, to prove it."""
-    if poison:
-        return jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
-    return jax.tree.map(lambda s: lax.empty(s.shape, s.dtype), shapes)
+    where = jax.tree.map(lambda s: s.sharding, shapes)
+    make = (lambda s: jnp.full(s.shape, jnp.nan, s.dtype)) if poison else (lambda s: lax.empty(s.shape, s.dtype))
+    return jax.jit(lambda: jax.tree.map(make, shapes), out_shardings=where)()
 
 
 def page_bytes(c: ModelConfig, page_size: int, itemsize: int, group: int) -> int:

@@ -6,24 +6,21 @@ A step is: schedule on the host, pack, run one program on the device, read its i
 from __future__ import annotations
 
 import functools
-import os
 import secrets
 import time
 from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llminfer import cache as kv
-from llminfer import params as weights
+from llminfer import placement
 from llminfer.batch import BatchShape, pack, pack_loop
 from llminfer.config import EngineConfig, ModelConfig
 from llminfer.errors import UserError, refuse
 from llminfer.pages import Pages
-from llminfer.programs import Program, Programs, abstract, count_compiles, last_tokens
-from llminfer.quant import QTensor, quantize_int8
+from llminfer.programs import Program, Programs, count_compiles
 from llminfer.request import MAX_STOPS, FinishReason, Request, SamplingParams, Sequence
 from llminfer.sampler import request_key
 from llminfer.scheduler import Item, Plan, Scheduler
@@ -35,26 +32,29 @@ STREAM_INTERVAL = 0.1
 
 
 class Engine:
-    """Serves one model on one target. `params` are host or device arrays in the listed layout."""
+    """Serves one model on one target: `load` gives it its weights."""
 
     def __init__(self, c: ModelConfig, settings: EngineConfig, target: Target, progress: Any = None):
         self.c, self.settings, self.target = c, settings, target
         self.context = min(2048, c.max_position) if settings.context is None else settings.context
         if self.context > c.max_position:
             raise refuse("context", self.context, f"{c.name} was made for at most {c.max_position} positions")
-        self.dtype = jnp.dtype(settings.kv_dtype or target.dtype)
-        totals = _pool_sizes(c, settings, self.context, self.dtype.itemsize, target)
+        placement.check_mesh(c, target)
+        totals = placement.pool_sizes(c, settings, self.context, target)
         self.pages = Pages(c.groups, totals, settings.page_size, prefix_cache=settings.prefix_cache)
         self.scheduler = Scheduler(self.pages, slots=settings.slots, chunk=settings.chunk, decode_steps=settings.decode_steps)
-        shapes = kv.abstract(c, totals, settings.page_size, self.dtype, stacked=target.stacked)
-        self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        # Programs need shapes only: compiling and reading the weights go on side by side.
+        self._shapes = (
+            placement.abstract_params(c, settings, target),
+            placement.abstract_cache(c, settings, target, totals),
+            placement.abstract_last(settings, target),
+        )
+        self.programs = Programs(c, target, self._shapes, settings.decode_steps, progress)
+        self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shapes[1]))
         self.weights_bytes = 0
-        self._cache_shapes = shapes
-        self._cache: Any = None
         self._params: Any = None
+        self._cache: Any = None
         self._last: Any = None
-        self.programs: Any = None
-        self._progress = progress
         self._steps = {"mixed": 0, "decode": 0}
         self._prefill_tokens = self._decode_tokens = 0
         self._prefill_s = self._decode_s = 0.0
@@ -95,48 +95,12 @@ class Engine:
 
     # Weights ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, shapes: Any = None) -> None:
-        """Declares the programs before the weights are there: compiling and reading then go on side by side. shapes:
-        abstract weights in the target's layout."""
-        device = jax.sharding.SingleDeviceSharding(_device(self.target))
-        place = functools.partial(jax.tree.map, lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device))
-        last = jax.ShapeDtypeStruct((self.settings.slots,), jnp.int32)
-        shapes = (place(shapes), place(self._cache_shapes), place(last))
-        self.programs = Programs(self.c, self.target, shapes, self.settings.decode_steps, self._progress)
-
-    def abstract_params(self) -> Any:
-        """Shapes of the weights as this engine holds them."""
-        specs = weights.stacked_specs(self.c) if self.target.stacked else weights.param_specs(self.c)
-        dtype = jnp.dtype(self.target.dtype)
-
-        def shape(spec: weights.ParamSpec) -> Any:
-            if spec.matrix and self.settings.quantize == "int8":
-                scale = spec.shape[:-2] + spec.shape[-1:]
-                return QTensor(jax.ShapeDtypeStruct(spec.shape, jnp.int8), jax.ShapeDtypeStruct(scale, jnp.float32))
-            return jax.ShapeDtypeStruct(spec.shape, dtype)
-
-        return jax.tree.map(shape, specs, is_leaf=weights.is_spec)
-
     def load(self, params: Any) -> None:
-        """Puts weights of the listed layout on the device: cast, quantized and stacked as the target wants them. None:
-        random ones from settings.seed."""
-        device, dtype = _device(self.target), jnp.dtype(self.target.dtype)
-        with jax.default_device(device):
-            if params is None:
-                specs = weights.param_specs(self.c)
-                params = jax.jit(lambda key: weights.init(specs, key, dtype))(jax.random.key(self.settings.seed % 2**63))
-            else:
-                params = jax.tree.map(lambda x: jax.device_put(x if x.dtype == dtype else x.astype(dtype), device), params)
-            if self.settings.quantize == "int8":
-                params = jax.tree.map(_quantize, params, weights.param_specs(self.c))
-            if self.target.stacked:
-                params = jax.jit(functools.partial(weights.stack, c=self.c))(params)
-            self._cache = kv.allocate(self._cache_shapes, poison=self.settings.debug)
-            self._last = last_tokens(self.settings.slots)
-        self._params = params
-        self.weights_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
-        if self.programs is None:
-            self.prepare(abstract(params))
+        """Takes weights (host arrays in the listed layout; None: random ones) and allocates the cache."""
+        self._params = placement.load_params(params, self.c, self.settings, self.target)
+        self.weights_bytes = sum(x.nbytes for x in jax.tree.leaves(self._params))
+        self._cache = kv.allocate(self._shapes[1], poison=self.settings.debug)
+        self._last = placement.zeros(self._shapes[2])
 
     # Requests ---------------------------------------------------------------------------------------------------
 
@@ -291,51 +255,3 @@ class Engine:
             "weights_bytes": self.weights_bytes,
             "cache_bytes": self.cache_bytes,
         }
-
-
-def _device(target: Target) -> Any:
-    return jax.devices()[0] if target.mesh is None else target.mesh.devices.flat[0]
-
-
-@jax.jit
-def _quantize_jit(w: jax.Array) -> QTensor:
-    return quantize_int8(w)
-
-
-def _quantize(w: jax.Array, spec: weights.ParamSpec) -> Any:
-    return _quantize_jit(w) if spec.matrix else w
-
-
-def _pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, itemsize: int, target: Target) -> tuple[int, ...]:
-    """Pages of each group. Full groups: settings.pages, or as many as all slots at full context need and memory
-    allows; sliding groups: what all slots can hold at most."""
-    size = settings.page_size
-    per_sequence = -(-context // size)
-    moving = max(settings.chunk, settings.decode_steps)
-
-    def sliding(window: int) -> int:
-        return settings.slots * min(per_sequence, Pages.sliding_need(window, moving, size))
-
-    fixed = sum(sliding(w) * kv.page_bytes(c, size, itemsize, g) for g, w in enumerate(c.groups) if w)
-    full = [g for g, w in enumerate(c.groups) if not w]
-    weight_bytes = c.num_params * jnp.dtype(target.dtype).itemsize
-    memory = _memory(target)
-    spare = memory * 0.92 - weight_bytes - fixed
-    page = sum(kv.page_bytes(c, size, itemsize, g) for g in full)
-    wanted = settings.slots * per_sequence if settings.pages is None else settings.pages
-    if settings.pages is None and full:
-        wanted = min(wanted, int(spare // page))
-    if spare < wanted * page or wanted < 1:
-        have, need = memory / 2**30, (weight_bytes + fixed + max(wanted, 1) * page) / 2**30
-        raise UserError(
-            f"model={c.name}: weights and cache need {need:.1f} GiB, the device has {have:.1f} GiB; less context, slots or pages would do"
-        )
-    return tuple(sliding(w) if w else wanted for w in c.groups)
-
-
-def _memory(target: Target) -> float:
-    """Bytes of the device that are there to use."""
-    stats = _device(target).memory_stats() if target.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return float(stats["bytes_limit"])
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

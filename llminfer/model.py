@@ -16,6 +16,7 @@ from llminfer.params import Layer, Params
 from llminfer.quant import matmul
 from llminfer.target import Target
 from pallas_kernels.paged_attention import paged_attention
+from sharding.rules import partition
 
 
 def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, q_max: int) -> tuple[jax.Array, KVCache]:
@@ -70,27 +71,31 @@ def run_layer(w: Layer, x, kv, index, *, batch: Batch, rope, c: ModelConfig, tar
         y = matmul(rms_norm(x, w.attn_norm, c.norm_eps), w.qkv, target.platform)
         y = y.reshape(tokens, kv_heads, heads // kv_heads + 2, dim)
         q, k, v = y[:, :, :-2].reshape(tokens, heads, dim), y[:, :, -2], y[:, :, -1]
-        y, kv = paged_attention(
-            rotate(q, rope),
-            rotate(k, rope),
-            v,
-            kv,
-            layer=index,
-            page_table=batch.tables[group],
-            q_start=batch.q_start,
-            q_len=batch.q_len,
-            kv_len=batch.kv_len,
-            window=jnp.int32(c.groups[group]),
-            scale=dim**-0.5,
-            q_max=q_max,
-            impl=target.attention,
-        )
+        attend = functools.partial(paged_attention, scale=dim**-0.5, q_max=q_max, impl=target.attention)
+        if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
+            attend = _by_heads(attend, target.mesh)
+        rows = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
+        y, kv = attend(rotate(q, rope), rotate(k, rope), v, kv, layer=index, window=jnp.int32(c.groups[group]), **rows)
         x = x + matmul(y.reshape(tokens, heads * dim), w.o, target.platform)
     with jax.named_scope("mlp"):
         y = matmul(rms_norm(x, w.mlp_norm, c.norm_eps), w.gate_up, target.platform)
         gate, up = jnp.split(y, 2, axis=-1)
         x = x + matmul(jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype) * up, w.down, target.platform)
     return x, kv
+
+
+def _by_heads(attend: Any, mesh: jax.sharding.Mesh) -> Any:
+    """paged_attention with heads and cache split over the mesh axis of kv heads, all else on every device."""
+    new, cache = partition((None, "kv_heads", None)), partition((None, None, "kv_heads", None, None))
+
+    def split(q, k, v, kv, **rows):
+        each = jax.tree.map(lambda _: partition(()), rows)
+        body = lambda q, k, v, kv, rows: attend(q, k, v, kv, **rows)
+        return jax.shard_map(body, mesh=mesh, in_specs=(new, new, new, cache, each), out_specs=(new, cache), check_vma=False)(
+            q, k, v, kv, rows
+        )
+
+    return split
 
 
 def logits(params: Params, hidden: jax.Array, c: ModelConfig) -> jax.Array:

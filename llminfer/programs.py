@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -87,13 +86,12 @@ class Programs:
             extra, keywords = (pack_loop(Plan(()), program.shape.rows),), {"most": self.most}
         function = functools.partial(function, c=self.c, target=self.target, **keywords)
         batch = pack((), program.shape)
-        with jax.sharding.use_abstract_mesh(self._mesh().abstract_mesh):
-            return jax.jit(function, donate_argnums=(1, 2)).lower(*self.shapes, batch, *extra)
-
-    def _mesh(self) -> Mesh:
-        """The target's devices, so that kernels know the chip that they are lowered for, present here or not."""
-        devices = jax.tree.leaves(self.shapes)[0].sharding.device_set
-        return Mesh(np.array(sorted(devices, key=lambda d: d.id)), ("devices",))
+        # The cache and the last tokens come back as they went in; what is drawn is read by the host.
+        kept = jax.tree.map(lambda s: s.sharding, self.shapes[1:])
+        # The mesh tells kernels the chip that they are lowered for, present here or not.
+        mesh = self.target.mesh or Mesh(np.array(list(kept[1].device_set)), ("devices",))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.jit(function, donate_argnums=(1, 2), out_shardings=(kept[1], *kept)).lower(*self.shapes, batch, *extra)
 
     def _compile(self, program: Program) -> Any:
         start = time.perf_counter()
@@ -142,16 +140,7 @@ def _listen() -> None:
 
 def keep_compiled(folder: Path) -> None:
     """Turns on XLA's persistent compilation cache in `folder`, unless the user has set one up already."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def abstract(tree: Any) -> Any:
-    """ShapeDtypeStructs of a tree of arrays, with their shardings."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def last_tokens(slots: int) -> jax.Array:
-    return jnp.zeros(slots, jnp.int32)

@@ -58,6 +58,16 @@ def test_tokens_do_not_depend_on_the_layout_of_the_layers(model: str) -> None:
     np.testing.assert_allclose(stacked, listed, atol=1e-5 * np.ptp(listed))
 
 
+@pytest.mark.parametrize("layout", ["listed", "stacked"])
+def test_tokens_do_not_depend_on_the_mesh(layout: str) -> None:
+    for params in (GREEDY, DRAWN):
+        assert tokens("config:tiny_window", params, mesh="tp=2", layout=layout) == tokens("config:tiny_window", params)
+    served = llm("config:tiny_window", mesh="tp=2", layout=layout)
+    for array in (served.engine._cache.groups[0], served.engine._params.embed):
+        piece = jax.tree.leaves(array)[0]
+        assert piece.addressable_shards[0].data.size * 2 == piece.size
+
+
 def test_the_tpu_kernel_serves_the_same_tokens_in_the_interpreter() -> None:
     c = dataclasses.replace(from_toml("tiny_window"), num_layers=3, head_dim=64)
     settings = EngineConfig(slots=2, context=64, chunk=16, decode_steps=3)
@@ -189,7 +199,9 @@ def test_bad_requests_are_refused_in_one_line_and_the_next_works(prompt, params:
         ({"context": 50_000}, "at most 40960"),
         ({"page_size": 24}, "power of two"),
         ({"pages": 10**9}, "GiB"),
-        ({"mesh": "tp=2"}, "mesh"),
+        ({"mesh": "xx=2"}, "legal: tp"),
+        ({"mesh": "tp=4"}, "does not divide kv_heads=2"),
+        ({"mesh": "tp=16"}, "there are 8"),
         ({"dtype": "float16"}, "legal: auto, float32, bfloat16"),
         ({"chunk": 0}, "chunk=0"),
     ],

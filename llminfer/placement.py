@@ -1,0 +1,120 @@
+"""What lies where: sizes of the page pools, shapes and shardings of weights and cache, and putting weights on devices."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llminfer import cache, params
+from llminfer.config import EngineConfig, ModelConfig
+from llminfer.errors import UserError
+from llminfer.pages import Pages
+from llminfer.quant import QTensor, quantize_int8
+from llminfer.target import Target
+from sharding.rules import check_divides, sharding
+
+
+def check_mesh(c: ModelConfig, target: Target) -> None:
+    """Raises UserError for a mesh that does not divide the model, naming the sizes that would."""
+    try:
+        check_divides(target.mesh, {"kv_heads": c.num_kv_heads, "mlp": c.intermediate_size, "vocab": c.vocab_size})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def first_device(target: Target) -> Any:
+    return jax.devices()[0] if target.mesh is None else target.mesh.devices.flat[0]
+
+
+def abstract_params(c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
+    """ShapeDtypeStructs, with shardings, of the weights in the target's layout."""
+    specs = params.stacked_specs(c) if target.stacked else params.param_specs(c)
+    return jax.tree.map(lambda spec: _abstract(spec, settings, target), specs, is_leaf=params.is_spec)
+
+
+def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
+    where = functools.partial(sharding, target.mesh, device=first_device(target))
+    if spec.matrix and settings.quantize == "int8":
+        scale, axes = spec.shape[:-2] + spec.shape[-1:], spec.axes[:-2] + spec.axes[-1:]
+        return QTensor(
+            jax.ShapeDtypeStruct(spec.shape, jnp.int8, sharding=where(spec.axes)),
+            jax.ShapeDtypeStruct(scale, jnp.float32, sharding=where(axes)),
+        )
+    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(target.dtype), sharding=where(spec.axes))
+
+
+def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, totals: tuple[int, ...]) -> cache.KVCache:
+    """ShapeDtypeStructs, with shardings, of a cache of totals[g] pages in each group."""
+    where = sharding(target.mesh, (None, None, "kv_heads", None, None), first_device(target))
+    dtype = jnp.dtype(settings.kv_dtype or target.dtype)
+    shapes = cache.abstract(c, totals, settings.page_size, dtype, stacked=target.stacked)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes)
+
+
+def abstract_last(settings: EngineConfig, target: Target) -> Any:
+    """The int32 [slots] of tokens drawn last, on every device."""
+    return jax.ShapeDtypeStruct((settings.slots,), jnp.int32, sharding=sharding(target.mesh, (None,), first_device(target)))
+
+
+def zeros(shapes: Any) -> Any:
+    """Arrays of zeros for ShapeDtypeStructs with shardings."""
+    return jax.jit(
+        lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=jax.tree.map(lambda s: s.sharding, shapes)
+    )()
+
+
+def load_params(found: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
+    """Weights on their devices: `found` (host arrays, listed layout) cast, quantized and stacked as the target wants
+    them; None: random ones from settings.seed."""
+    specs, dtype = params.param_specs(c), jnp.dtype(target.dtype)
+    places = jax.tree.map(lambda s: sharding(target.mesh, s.axes, first_device(target)), specs, is_leaf=params.is_spec)
+    if found is None:
+        key = jax.random.key(settings.seed % 2**63)
+        placed = jax.jit(lambda k: params.init(specs, k, dtype), out_shardings=places)(key)
+    else:
+        placed = jax.tree.map(lambda x, where: jax.device_put(x if x.dtype == dtype else x.astype(dtype), where), found, places)
+    if settings.quantize == "int8":
+        round_off = jax.jit(quantize_int8)
+        placed = jax.tree.map(lambda s, x: round_off(x) if s.matrix else x, specs, placed, is_leaf=params.is_spec)
+    if target.stacked:
+        placed = params.stack(placed, c)
+    wanted = abstract_params(c, settings, target)
+    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), placed, wanted)
+
+
+def pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, target: Target) -> tuple[int, ...]:
+    """Pages of each group. Full groups: settings.pages, or as many as all slots at full context need and memory
+    allows; sliding groups: what all slots can hold at most. Raises UserError when weights and cache cannot fit."""
+    size, itemsize = settings.page_size, jnp.dtype(settings.kv_dtype or target.dtype).itemsize
+    per_sequence = -(-context // size)
+    moving = max(settings.chunk, settings.decode_steps)
+
+    def sliding(window: int) -> int:
+        return settings.slots * min(per_sequence, Pages.sliding_need(window, moving, size))
+
+    fixed = sum(sliding(w) * cache.page_bytes(c, size, itemsize, g) for g, w in enumerate(c.groups) if w)
+    page = sum(cache.page_bytes(c, size, itemsize, g) for g, w in enumerate(c.groups) if not w)
+    weight_bytes = c.num_params * jnp.dtype(target.dtype).itemsize
+    memory = _memory(target)
+    spare = memory * 0.92 - weight_bytes - fixed
+    wanted = settings.slots * per_sequence if settings.pages is None else settings.pages
+    if settings.pages is None and page:
+        wanted = min(wanted, int(spare // page))
+    if spare < wanted * page or wanted < 1:
+        have, need = memory / 2**30, (weight_bytes + fixed + max(wanted, 1) * page) / 2**30
+        raise UserError(
+            f"model={c.name}: weights and cache need {need:.1f} GiB, there are {have:.1f} GiB; less context, slots or pages would do"
+        )
+    return tuple(sliding(w) if w else wanted for w in c.groups)
+
+
+def _memory(target: Target) -> float:
+    """Bytes that are there to use, over all devices of the target."""
+    stats = first_device(target).memory_stats() if target.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return float(stats["bytes_limit"]) * (1 if target.mesh is None else target.mesh.size)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

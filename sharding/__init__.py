@@ -1,0 +1,1 @@
+"""Meshes and the rules that lay arrays out on them. Imports jax only."""
