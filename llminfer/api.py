@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from llminfer.config import EngineConfig
@@ -14,14 +14,16 @@ from llminfer.weights import open_model
 from llminfer.weights.store import cache_root
 
 Prompt = str | list[int]
+Expect = Callable[["LLM"], tuple[int, int]]
 
 
 class LLM:
     """A model that is loaded and ready. `model`: "demo", a directory, a .gguf file or "config:NAME"; the keywords are the
-    fields of EngineConfig. Programs are compiled in the background, once. Raises UserError (a ValueError) for what
-    cannot be honoured, before anything is allocated."""
+    fields of EngineConfig. Programs are compiled in the background, once. expect: a function of this LLM, as soon as its
+    tokenizer is there, to (prompt tokens, sequences at once): then only the programs for those are compiled ahead.
+    Raises UserError (a ValueError) for what cannot be honoured, before anything is allocated."""
 
-    def __init__(self, model: str = "demo", *, progress: Any = None, **settings: Any):
+    def __init__(self, model: str = "demo", *, expect: Expect | None = None, progress: Any = None, **settings: Any):
         started = time.perf_counter()
         self.settings = EngineConfig.from_settings(settings)
         from sharding.mesh import parse_mesh
@@ -34,8 +36,9 @@ class LLM:
             reading = None if self.checkpoint.random else pool.submit(self.checkpoint.load, progress)
             tokenizing = pool.submit(self.checkpoint.tokenizer)
             self._build(progress)
-            self.engine.load(reading.result() if reading else None)
             self.tokenizer = tokenizing.result()
+            self.engine.warm_up(expect(self) if expect else None)
+            self.engine.load(reading.result() if reading else None)
         self.load_s = time.perf_counter() - started
 
     def _build(self, progress: Any) -> None:
@@ -48,7 +51,6 @@ class LLM:
         mesh = _user(make_mesh, self._axes, devices())
         self.target = Target.of(devices()[0].platform, layout=self.settings.layout, dtype=self.settings.dtype, mesh=mesh)
         self.engine = Engine(self.config, self.settings, self.target, progress)
-        self.engine.warm_up()
 
     # Prompts ----------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
         for name in ("prompt_tokens", "max_tokens", "batch", "runs")
     }
     options.set = ["prefix_cache=false", f"slots={max(8, sizes['batch'])}", *options.set]
-    llm = cli.load(options)
+    llm = cli.load(options, lambda _: (sizes["prompt_tokens"], sizes["batch"]))
     report = latency(llm, sizes["prompt_tokens"], sizes["max_tokens"], sizes["batch"], sizes["runs"])
     report |= {"model": llm.config.name, "platform": llm.target.platform, "dtype": llm.target.dtype, "quantize": llm.settings.quantize}
     if options.json:

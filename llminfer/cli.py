@@ -7,15 +7,21 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from llminfer.config import EngineConfig, parse_setting
 from llminfer.errors import UserError, refuse
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake, instead of the usage before it."""
+        raise UserError(f"{message} (--help lists the options)")
+
+
 def parser(command: str, description: str) -> argparse.ArgumentParser:
     """An argument parser with the options that every command on a model has."""
-    made = argparse.ArgumentParser(prog=f"python -m llminfer.{command}", description=description)
+    made = _Parser(prog=f"python -m llminfer.{command}", description=description)
     made.add_argument("--model", default="demo", help="demo, a directory, a .gguf file, or config:NAME (default: demo)")
     made.add_argument("--quantize", default=None, help="int8: 8-bit weights, per output channel")
     made.add_argument("--mesh", default="", help="devices of each axis, such as tp=2")
@@ -64,14 +70,14 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def load(arguments: argparse.Namespace) -> Any:
-    """The LLM that the options describe, with progress on a terminal."""
+def load(arguments: argparse.Namespace, expect: Any = None) -> Any:
+    """The LLM that the options describe, with progress on a terminal; expect: see LLM."""
     chosen = settings(arguments)
     from llminfer.api import LLM
     from llminfer.progress import RichProgress
 
     with RichProgress() as progress:
-        return LLM(arguments.model, progress=progress, **chosen)
+        return LLM(arguments.model, expect=expect, progress=progress, **chosen)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -83,11 +83,16 @@ class Engine:
     def _logits(self) -> Program:
         return Program("logits", self._shape(self.settings.chunk, 1))
 
-    def warm_up(self, prompt_tokens: int | None = None, sequences: int = 1) -> None:
-        """Starts compiling in the background, first what a prompt of that length and so many sequences need."""
-        mixed = sorted(self._mixed, key=lambda p: p is not self._fit(self._mixed, prompt_tokens or self.settings.chunk))
-        decode = sorted(self._decode, key=lambda p: p is not self._fit(self._decode, sequences))
-        self.programs.want([mixed[0], decode[0], *mixed[1:], *decode[1:]])
+    def warm_up(self, expect: tuple[int, int] | None = None) -> None:
+        """Starts compiling in the background: all programs, the smaller first; or, where it is known what is expected (the
+        tokens of a prompt, and sequences at once), only what that needs. What is left out is compiled when it is met."""
+        if expect is None:
+            first, *rest = self._mixed
+            self.programs.want([first, self._decode[0], *rest, *self._decode[1:]])
+            return
+        tokens, sequences = expect
+        chunks = {tokens % self.settings.chunk, min(tokens, self.settings.chunk)} - {0}
+        self.programs.want([*(self._fit(self._mixed, n) for n in sorted(chunks)), self._fit(self._decode, sequences)])
 
     @staticmethod
     def _fit(programs: list[Program], tokens: int) -> Program:

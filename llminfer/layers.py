@@ -35,14 +35,16 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def rope_table(c: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) float32 [T, 1, H / 2] for positions [T]."""
+    """(cos, sin) float32 [T, 1, 2, H / 2] for positions [T]: for each half of a head, the sine with its sign."""
     freq = jnp.asarray(rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
     angle = positions.astype(jnp.float32)[:, None, None] * freq
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding of x [T, heads, H]: pair i is elements i and i + H/2."""
+    """Rotary embedding of x [T, heads, H]: pair i is elements i and i + H/2. The halves change places by a reversal,
+    which XLA:CPU vectorises; a concatenation of them takes it five times as long."""
     cos, sin = rope
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    return (halves * cos + jax.lax.rev(halves, (halves.ndim - 2,)) * sin).reshape(x.shape).astype(x.dtype)

@@ -94,9 +94,9 @@ class Programs:
             return jax.jit(function, donate_argnums=(1, 2), out_shardings=(kept[1], *kept)).lower(*self.shapes, batch, *extra)
 
     def _compile(self, program: Program) -> Any:
-        start = time.perf_counter()
         handle = self.progress.task(f"compile {program.kind} {program.shape.tokens}", 1) if self.progress else None
         with self._tracing:
+            start = time.perf_counter()
             lowered = self.lower(program)
         compiled = lowered.compile()
         self.seconds[program] = time.perf_counter() - start

@@ -24,12 +24,11 @@ def main(arguments: list[str]) -> int:
     lines = _read_batch(options.batch) if options.batch else None
     if options.prompt == "" and not options.chat and not options.batch:
         raise refuse("--prompt", "", "must not be empty")
-    llm = cli.load(options)
     if lines is not None:
-        return _batch(llm, lines, params, options)
+        return _batch(cli.load(options), lines, params, options)
     if options.chat:
-        return _chat(llm, params)
-    return _once(llm, params, options)
+        return _chat(cli.load(options), params)
+    return _once(params, options)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -61,10 +60,15 @@ def _params(options: argparse.Namespace) -> SamplingParams:
 # One prompt -----------------------------------------------------------------------------------------------------
 
 
-def _once(llm: Any, params: SamplingParams, options: argparse.Namespace) -> int:
+def _once(params: SamplingParams, options: argparse.Namespace) -> int:
     prompt = DEFAULT_PROMPT if options.prompt is None else options.prompt
-    ids = _ids(llm, prompt, raw=options.raw)
-    sequence = _submit(llm, ids, params)
+
+    def expect(llm: Any) -> tuple[int, int]:
+        """Refuses what cannot be served before the weights are there."""
+        return len(llm.engine.check(_ids(llm, prompt, raw=options.raw), params)), 1
+
+    llm = cli.load(options, expect)
+    sequence = _submit(llm, _ids(llm, prompt, raw=options.raw), params)
     for _, piece in llm.follow([sequence]):
         if not options.json:
             print(piece, end="", flush=True)
@@ -132,6 +136,7 @@ def _closing_line(report: dict[str, Any]) -> None:
 
 
 def _chat(llm: Any, params: SamplingParams) -> int:
+    llm.chat_prompt([{"role": "user", "content": ""}])  # refuses a model that cannot chat
     messages: list[dict[str, str]] = []
     while True:
         try:

@@ -29,9 +29,10 @@ def mixed_step(params: Params, cache: KVCache, last: jax.Array, batch: Batch, *,
     batch = _fill(batch, last)
     hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
     ends = jnp.clip(batch.q_start + batch.q_len - 1, 0, hidden.shape[0] - 1)
-    tokens = _draw(params, hidden[ends], batch, c)
     drew = batch.draws > 0
-    tokens = jnp.where(drew, tokens, NOTHING)
+    # The chunks of a long prompt before the last draw nothing: no need to read the output head.
+    nothing = jnp.full(rows, NOTHING, jnp.int32)
+    tokens = jax.lax.cond(drew.any(), lambda: jnp.where(drew, _draw(params, hidden[ends], batch, c), NOTHING), lambda: nothing)
     slots = jnp.where(drew, batch.slots, last.shape[0])
     assert tokens.shape == (rows,)
     return tokens, cache, last.at[slots].set(tokens, mode="drop")

@@ -24,10 +24,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-# Tokens of context handled at a time by the reference. 128 was the best of 128, 256, 512 on XLA:CPU (LOG.md).
-KV_BLOCK = 128
-# Query rows handled at a time by the reference when a sequence brings more than one.
-Q_BLOCK = 64
+# Tokens of context, and query rows of a sequence that brings more than one, that the reference handles at a time. The
+# best on XLA:CPU of 128 to 512 and of 32 to 256 (LOG.md).
+DECODE_BLOCK = 128
+PREFILL_BLOCK = 256
+Q_BLOCK = 256
 _NEG = -1e30
 
 
@@ -74,17 +75,11 @@ def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max):
 def paged_attention_reference(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, softcap, q_max):
     """The contract in plain jnp: see the module. Work grows with the longest live context, not with the table."""
     kv = write_pages(k, v, kv, layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len)
-    pages_a_block = max(1, KV_BLOCK // kv.shape[3])
-    # dynamic_slice clamps: a table that is a whole number of blocks long keeps the last block where it belongs.
-    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages_a_block)))
-    look = functools.partial(_look, kv=kv, layer=layer, window=window, scale=scale, softcap=softcap, pages_a_block=pages_a_block)
-    if q_max == 1:
-        rows = jnp.clip(q_start, 0, q.shape[0] - 1)
-        live = q_len > 0
-        pos = jnp.where(live, kv_len - 1, -1)
-        out = look(q[rows][:, None], pos[:, None], page_table)[:, 0]
-        return jnp.zeros_like(q).at[jnp.where(live, q_start, q.shape[0])].set(out.astype(q.dtype), mode="drop"), kv
-    return _prefill(q, page_table, q_start, q_len, kv_len, look), kv
+    look = functools.partial(_look, kv=kv, layer=layer, window=window, scale=scale, softcap=softcap)
+    out = _one_each(q, page_table, q_start, jnp.where(q_len == 1, kv_len, 0), look)
+    if q_max > 1:
+        out = _in_blocks(q, out, page_table, q_start, jnp.where(q_len > 1, q_len, 0), kv_len, look)
+    return out, kv
 
 
 def write_pages(k, v, kv, *, layer, page_table, q_start, q_len, kv_len):
@@ -101,12 +96,44 @@ def write_pages(k, v, kv, *, layer, page_table, q_start, q_len, kv_len):
     return kv.at[layer, page[:, None], heads[None], (pos % page_size)[:, None]].set(new, mode="drop")
 
 
-def _look(q, pos, table, *, kv, layer, window, scale, softcap, pages_a_block):
+def _one_each(q, page_table, q_start, kv_len, look):
+    """The sequences that bring one token each (kv_len 0: nothing to do), all at once. Other rows are zeros."""
+    live = kv_len > 0
+    rows = jnp.clip(q_start, 0, q.shape[0] - 1)
+    found = look(q[rows][:, None], (kv_len - 1)[:, None], page_table, block=DECODE_BLOCK)[:, 0]
+    return jnp.zeros_like(q).at[jnp.where(live, q_start, q.shape[0])].set(found.astype(q.dtype), mode="drop")
+
+
+def _in_blocks(q, out, page_table, q_start, q_len, kv_len, look):
+    """Blocks of query rows one after the other, as many as the sequences have: padding costs nothing."""
+    size = min(Q_BLOCK, q.shape[0])
+    ends = jnp.cumsum((q_len + size - 1) // size)  # blocks up to and including each sequence
+    padded, out = (jnp.pad(x, ((0, size), (0, 0), (0, 0))) for x in (q, out))
+
+    def step(carry):
+        i, out = carry
+        row = jnp.searchsorted(ends, i, side="right")
+        offset = (i - jnp.where(row > 0, ends[row - 1], 0)) * size + jnp.arange(size)
+        inside = offset < q_len[row]
+        pos = jnp.where(inside, kv_len[row] - q_len[row] + offset, -1)
+        start = q_start[row] + offset[0]
+        rows = lax.dynamic_slice_in_dim(padded, start, size)
+        found = look(rows[None], pos[None], page_table[row][None], block=PREFILL_BLOCK)[0]
+        old = lax.dynamic_slice_in_dim(out, start, size)
+        return i + 1, lax.dynamic_update_slice_in_dim(out, jnp.where(inside[:, None, None], found.astype(q.dtype), old), start, axis=0)
+
+    return lax.while_loop(lambda c: c[0] < ends[-1], step, (0, out))[1][: q.shape[0]]
+
+
+def _look(q, pos, table, *, kv, layer, window, scale, softcap, block):
     """Attention of q [R, C, Hq, D] at positions pos [R, C] (-1: nothing to see) over the pages of table [R, n].
-    Returns float32 [R, C, Hq, D]. A loop over blocks of pages, from the first that a window reaches to the last."""
+    Returns float32 [R, C, Hq, D]. A loop over blocks of `block` tokens, from the first that a window reaches to the last."""
     rows, chunk, q_heads, dim = q.shape
     heads, page_size = kv.shape[2], kv.shape[3]
-    group, block = q_heads // heads, pages_a_block * page_size
+    group, pages_a_block = q_heads // heads, max(1, block // page_size)
+    block = pages_a_block * page_size
+    # dynamic_slice clamps: a table that is a whole number of blocks long keeps the last block where it belongs.
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_a_block)))
     precision = lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None
     # [R, Hkv, C * G, 2D]: zeros under the value lanes, so that one product reads whole rows and copies nothing.
     q = (q * scale).astype(kv.dtype).reshape(rows, chunk, heads, group, dim).swapaxes(1, 2).reshape(rows, heads, chunk * group, dim)
@@ -144,24 +171,3 @@ def _look(q, pos, table, *, kv, layer, window, scale, softcap, pages_a_block):
     # A row that saw nothing kept top = _NEG: its weights were exp(0) of nobody's scores.
     out = jnp.where((top > _NEG)[..., None], acc / jnp.maximum(total, 1e-30)[..., None], 0)
     return out.reshape(rows, heads, chunk, group, dim).swapaxes(1, 2).reshape(rows, chunk, q_heads, dim)
-
-
-def _prefill(q, page_table, q_start, q_len, kv_len, look):
-    """Blocks of query rows one after the other, as many as the live sequences have: padding costs nothing."""
-    size = min(Q_BLOCK, q.shape[0])
-    ends = jnp.cumsum((q_len + size - 1) // size)  # blocks up to and including each sequence
-    padded = jnp.pad(q, ((0, size), (0, 0), (0, 0)))
-
-    def step(carry):
-        i, out = carry
-        row = jnp.searchsorted(ends, i, side="right")
-        offset = (i - jnp.where(row > 0, ends[row - 1], 0)) * size + jnp.arange(size)
-        inside = offset < q_len[row]
-        pos = jnp.where(inside, kv_len[row] - q_len[row] + offset, -1)
-        start = q_start[row] + offset[0]
-        found = look(lax.dynamic_slice_in_dim(padded, start, size)[None], pos[None], page_table[row][None])[0]
-        old = lax.dynamic_slice_in_dim(out, start, size)
-        return i + 1, lax.dynamic_update_slice_in_dim(out, jnp.where(inside[:, None, None], found.astype(q.dtype), old), start, axis=0)
-
-    out = lax.while_loop(lambda c: c[0] < ends[-1], step, (0, jnp.zeros_like(padded)))[1]
-    return out[: q.shape[0]]
