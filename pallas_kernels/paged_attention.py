@@ -24,10 +24,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-# Tokens of context, and query rows of a sequence that brings more than one, that the reference handles at a time. The
-# best on XLA:CPU of 128 to 512 and of 32 to 256 (LOG.md).
-DECODE_BLOCK = 128
-PREFILL_BLOCK = 256
+# Tokens of context that the reference handles at a time, for one sequence that decodes, for several, and for chunks; and
+# query rows of a chunk at a time. The best on XLA:CPU of 32 to 640 (LOG.md).
+LONE_BLOCK, DECODE_BLOCK, PREFILL_BLOCK = 128, 64, 256
 Q_BLOCK = 256
 _NEG = -1e30
 
@@ -100,7 +99,8 @@ def _one_each(q, page_table, q_start, kv_len, look):
     """The sequences that bring one token each (kv_len 0: nothing to do), all at once. Other rows are zeros."""
     live = kv_len > 0
     rows = jnp.clip(q_start, 0, q.shape[0] - 1)
-    found = look(q[rows][:, None], (kv_len - 1)[:, None], page_table, block=DECODE_BLOCK)[:, 0]
+    block = LONE_BLOCK if page_table.shape[0] == 1 else DECODE_BLOCK
+    found = look(q[rows][:, None], (kv_len - 1)[:, None], page_table, block=block)[:, 0]
     return jnp.zeros_like(q).at[jnp.where(live, q_start, q.shape[0])].set(found.astype(q.dtype), mode="drop")
 
 
@@ -135,9 +135,10 @@ def _look(q, pos, table, *, kv, layer, window, scale, softcap, block):
     # dynamic_slice clamps: a table that is a whole number of blocks long keeps the last block where it belongs.
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_a_block)))
     precision = lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None
-    # [R, Hkv, C * G, 2D]: zeros under the value lanes, so that one product reads whole rows and copies nothing.
+    dot = functools.partial(_products if chunk == 1 and rows > 1 else jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    whole = chunk == 1 and rows == 1  # zeros under the value lanes: the product reads whole rows, which need not be cut out
     q = (q * scale).astype(kv.dtype).reshape(rows, chunk, heads, group, dim).swapaxes(1, 2).reshape(rows, heads, chunk * group, dim)
-    if chunk == 1:
+    if whole:
         q = jnp.concatenate([q, jnp.zeros_like(q)], axis=-1)
     pos = jnp.broadcast_to(pos[:, :, None], (rows, chunk, group)).reshape(rows, 1, chunk * group, 1)
     low = jnp.where(window > 0, pos - window + 1, 0)
@@ -153,16 +154,15 @@ def _look(q, pos, table, *, kv, layer, window, scale, softcap, block):
         # Values that nobody may see become 0: a NaN there would survive its zero weight.
         seen = inside.any(axis=2)[..., None]
         found = jnp.where(seen, found, 0)
-        keys = found if chunk == 1 else found[..., :dim]
-        values = found if chunk == 1 else found[..., dim:]
-        scores = jnp.einsum("rhqd,rhtd->rhqt", q, keys, precision=precision, preferred_element_type=jnp.float32)
+        keys, values = (found, found) if whole else (found[..., :dim], found[..., dim:])
+        scores = dot("rhqd,rhtd->rhqt", q, keys)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         scores = jnp.where(inside, scores, _NEG)
         new_top = jnp.maximum(top, scores.max(-1))
         weight = jnp.exp(scores - new_top[..., None])
         keep = jnp.exp(top - new_top)
-        mixed = jnp.einsum("rhqt,rhtd->rhqd", weight.astype(kv.dtype), values, precision=precision, preferred_element_type=jnp.float32)
+        mixed = dot("rhqt,rhtd->rhqd", weight.astype(kv.dtype), values)
         return i + 1, new_top, total * keep + weight.sum(-1), acc * keep[..., None] + mixed[..., -dim:]
 
     shape = (rows, heads, chunk * group)
@@ -171,3 +171,10 @@ def _look(q, pos, table, *, kv, layer, window, scale, softcap, block):
     # A row that saw nothing kept top = _NEG: its weights were exp(0) of nobody's scores.
     out = jnp.where((top > _NEG)[..., None], acc / jnp.maximum(total, 1e-30)[..., None], 0)
     return out.reshape(rows, heads, chunk, group, dim).swapaxes(1, 2).reshape(rows, chunk, q_heads, dim)
+
+
+def _products(form, left, right, **how):
+    """The einsum with the query axis of `left` taken apart: matrix-vector products, which XLA:CPU compiles into its loops,
+    where it would call a library for each small matrix product."""
+    form = form.replace("q", "")
+    return jnp.stack([jnp.einsum(form, left[:, :, i], right, **how) for i in range(left.shape[2])], axis=2)

@@ -4,7 +4,7 @@
 
 Needs torch, transformers, gguf, llama-cpp-python, tokenizers; imports nothing of llminfer. One JSON line a result, with
 the load of the machine when it was taken. Prompts are cut from the long prompt of goldens/smollm2.npz, so that any engine
-can be given the same ids: `prefill` reads its first 512; row i of a batch is `long[i * 64 : (i + 1) * 64]`. `others_cpus` is how
+can be given the same ids: row i of a batch is `long[i * 128 : i * 128 + 512]`. `others_cpus` is how
 many CPUs other processes kept busy meanwhile: above 0.1 or so a result counts for little, llama.cpp's least of all, since
 its threads wait for each other by spinning.
 
@@ -32,7 +32,7 @@ from typing import Any, Protocol
 import numpy as np
 
 GOLDENS = Path(__file__).parent / "goldens"
-PREFILL, ROW, NEW_TOKENS = 512, 64, 128
+ROW, SHIFT, NEW_TOKENS = 512, 128, 128
 CASES = {"prefill": 1, "b1": 1, "b8": 8}  # rows of each
 
 
@@ -176,8 +176,8 @@ def measure(name: str, peer: Peer, case: str, reps: int) -> dict[str, Any]:
     """One result: medians over `reps` runs after one short run that is not counted."""
     with np.load(GOLDENS / "smollm2.npz") as file:
         ids = file["long/ids"]
-    rows, length, steps = CASES[case], *((PREFILL, 0) if case == "prefill" else (ROW, NEW_TOKENS))
-    prompts = ids[: rows * length].reshape(rows, length)
+    rows, steps = CASES[case], 0 if case == "prefill" else NEW_TOKENS
+    prompts = np.stack([ids[row * SHIFT : row * SHIFT + ROW] for row in range(rows)])
     peer.run(prompts, min(steps, 4))
     wall, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
     prefill, decode, tokens = zip(*(peer.run(prompts, steps) for _ in range(reps)))
