@@ -27,7 +27,7 @@ def prompts() -> list[list[int]]:
 
 @functools.cache
 def llm(model: str, **settings) -> LLM:
-    return LLM(model, **{"slots": 8, "context": 128, "decode_steps": 8, "debug": True} | settings)
+    return LLM(model, **{"slots": 8, "context": 128, "decode_steps": 8, "debug": True, "dtype": "float32"} | settings)
 
 
 def tokens(model: str, params: SamplingParams, *, alone: bool = False, **settings) -> list[list[int]]:
@@ -58,6 +58,10 @@ def test_tokens_do_not_depend_on_the_layout_of_the_layers(model: str) -> None:
     np.testing.assert_allclose(stacked, listed, atol=1e-5 * np.ptp(listed))
 
 
+EIGHT = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+
+
+@EIGHT
 @pytest.mark.parametrize("layout", ["listed", "stacked"])
 def test_tokens_do_not_depend_on_the_mesh(layout: str) -> None:
     for params in (GREEDY, DRAWN):
@@ -136,7 +140,7 @@ def test_end_tokens_stop_and_count() -> None:
 
 
 def test_one_bad_row_ends_alone() -> None:
-    served = LLM("config:tiny", slots=4, context=128, decode_steps=8)
+    served = LLM("config:tiny", slots=4, context=128, decode_steps=8, dtype="float32")
     good, bad = [7, 8, 9] * 10, [5, 6] * 20
     want = served.generate([good], GREEDY)[0].token_ids
     params = served.engine._params
@@ -200,8 +204,8 @@ def test_bad_requests_are_refused_in_one_line_and_the_next_works(prompt, params:
         ({"page_size": 24}, "power of two"),
         ({"pages": 10**9}, "GiB"),
         ({"mesh": "xx=2"}, "legal: tp"),
-        ({"mesh": "tp=4"}, "does not divide kv_heads=2"),
-        ({"mesh": "tp=16"}, "there are 8"),
+        pytest.param({"mesh": "tp=4"}, "does not divide kv_heads=2", marks=EIGHT),
+        ({"mesh": "tp=1024"}, "mesh of 1024 devices: there are"),
         ({"dtype": "float16"}, "legal: auto, float32, bfloat16"),
         ({"chunk": 0}, "chunk=0"),
     ],
@@ -221,4 +225,3 @@ def test_abort_in_the_middle_gives_everything_back() -> None:
         served.engine.abort(seq)
     assert served.engine.pages.free == served.engine.pages.total
     assert not served.engine.busy
-    assert jax.devices()[0].platform == "cpu"

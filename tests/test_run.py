@@ -73,7 +73,9 @@ def test_batch_answers_every_line_and_reports_bad_ones(capsys, tiny_directory, t
     ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    code, printed, _ = call(capsys, "--model", str(tiny_directory), "--batch", str(source), "--out", str(out), "--max-tokens", "5", "--json")
+    code, printed, _ = call(
+        capsys, "--model", str(tiny_directory), "--batch", str(source), "--out", str(out), "--max-tokens", "5", "--json"
+    )
     assert code == 0
     results = {result["index"]: result for result in map(json.loads, out.read_text().splitlines())}
     assert sorted(results) == [0, 1, 2, 3, 4]
