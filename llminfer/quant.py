@@ -39,5 +39,7 @@ def matmul(x: jax.Array, w: jax.Array | QTensor, platform: str) -> jax.Array:
         return (y * w.scale).astype(x.dtype)
     amount = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True).astype(jnp.float32), 1e-30) / 127.0
     whole = jnp.round(x / amount).astype(jnp.int8)
-    y = lax.dot_general(whole, w.q, dims, preferred_element_type=jnp.int32)
+    rows = max(2, x.shape[0])  # XLA:CPU has a fast int8 product for two rows and more, and none for one
+    whole = jnp.pad(whole, ((0, rows - x.shape[0]), (0, 0)))
+    y = lax.dot_general(whole, w.q, dims, preferred_element_type=jnp.int32)[: x.shape[0]]
     return (y.astype(jnp.float32) * amount * w.scale).astype(x.dtype)
