@@ -77,7 +77,9 @@ def load(arguments: argparse.Namespace, expect: Any = None) -> Any:
     from llminfer.progress import RichProgress
 
     with RichProgress() as progress:
-        return LLM(arguments.model, expect=expect, progress=progress, **chosen)
+        llm = LLM(arguments.model, expect=expect, progress=progress, **chosen)
+        llm.engine.programs.wait_first()  # nothing can be served before, and the bars end with this block
+        return llm
 
 
 def print_json(value: dict[str, Any]) -> None:

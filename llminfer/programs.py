@@ -77,6 +77,11 @@ class Programs:
         self.want([program])
         return self._futures[program].result()
 
+    def wait_first(self) -> None:
+        """Returns when the program that was asked for first is there."""
+        if self._futures:
+            next(iter(self._futures.values())).result()
+
     def lower(self, program: Program) -> Any:
         """The lowered (not yet compiled) program: for the planner and for tests that read the HLO."""
         function = {"mixed": step.mixed_step, "logits": step.prompt_logits, "decode": step.decode_loop}[program.kind]

@@ -135,7 +135,7 @@ def _look(q, pos, table, *, kv, layer, window, scale, softcap, block):
     # dynamic_slice clamps: a table that is a whole number of blocks long keeps the last block where it belongs.
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_a_block)))
     precision = lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None
-    dot = functools.partial(_products if chunk == 1 and rows > 1 else jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    dot = functools.partial(_products if chunk == 1 else jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     whole = chunk == 1 and rows == 1  # zeros under the value lanes: the product reads whole rows, which need not be cut out
     q = (q * scale).astype(kv.dtype).reshape(rows, chunk, heads, group, dim).swapaxes(1, 2).reshape(rows, heads, chunk * group, dim)
     if whole:
@@ -167,9 +167,9 @@ def _look(q, pos, table, *, kv, layer, window, scale, softcap, block):
 
     shape = (rows, heads, chunk * group)
     start = (first, jnp.full(shape, _NEG, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, dim), jnp.float32))
-    _, top, total, acc = lax.while_loop(lambda c: c[0] < last, step, start)
-    # A row that saw nothing kept top = _NEG: its weights were exp(0) of nobody's scores.
-    out = jnp.where((top > _NEG)[..., None], acc / jnp.maximum(total, 1e-30)[..., None], 0)
+    _, _, total, acc = lax.while_loop(lambda c: c[0] < last, step, start)
+    # By position and not by what was found: a sequence's own NaN must come through, on a GPU too, where max drops it.
+    out = jnp.where(pos >= 0, acc / total[..., None], 0)
     return out.reshape(rows, heads, chunk, group, dim).swapaxes(1, 2).reshape(rows, chunk, q_heads, dim)
 
 
