@@ -34,7 +34,6 @@ def mixed_step(params: Params, cache: KVCache, last: jax.Array, batch: Batch, *,
     nothing = jnp.full(rows, NOTHING, jnp.int32)
     tokens = jax.lax.cond(drew.any(), lambda: jnp.where(drew, _draw(params, hidden[ends], batch, c), NOTHING), lambda: nothing)
     slots = jnp.where(drew, batch.slots, last.shape[0])
-    assert tokens.shape == (rows,)
     return tokens, cache, last.at[slots].set(tokens, mode="drop")
 
 

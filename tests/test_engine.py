@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llminfer import LLM, SamplingParams, UserError
+from llminfer import LLM, SamplingParams, UserError, engine
 from llminfer.config import EngineConfig, from_toml
 from llminfer.engine import Engine
 from llminfer.target import Target
@@ -129,6 +129,25 @@ def test_samples_of_one_request_differ_and_repeat_by_seed() -> None:
     fresh = llm("config:tiny").generate([prompts()[4]], dataclasses.replace(DRAWN, seed=None))[0]
     told = dataclasses.replace(DRAWN, seed=fresh.outputs[0].seed)
     assert llm("config:tiny").generate([prompts()[4]], told)[0].token_ids == fresh.token_ids
+
+
+def test_tokens_drawn_last_are_still_on_the_device(monkeypatch) -> None:
+    """A step can be packed before the one before it is read: negative ids stand for what each slot drew."""
+    want = tokens("config:tiny", GREEDY)
+    seen = []
+
+    def unread(items, shape):
+        batch = pack(items, shape)
+        for row, item in enumerate(items):
+            if item.start >= len(item.seq.request.prompt):
+                batch.tokens[batch.q_start[row]] = -1
+                seen.append(item)
+        return batch
+
+    pack = engine.pack
+    monkeypatch.setattr(engine, "pack", unread)
+    assert tokens("config:tiny", GREEDY) == want
+    assert seen
 
 
 def test_end_tokens_stop_and_count() -> None:
