@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llminfer.errors import UserError, refuse
+from llminfer.errors import UserError, refuse, require_integer
 
 # No published decoder comes near these; a file that claims more is damaged or hostile.
 LIMITS = {
@@ -61,9 +61,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field, most in LIMITS.items():
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise refuse(field, value, f"must be an integer from 1 to {most}")
+            require_integer(field, getattr(self, field), 1, most)
         if self.num_heads % self.num_kv_heads:
             raise refuse("num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
@@ -123,14 +121,14 @@ class EngineConfig:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        _integer("slots", self.slots, 1, 4096)
-        _integer("page_size", self.page_size, 8, 1024)
-        _integer("chunk", self.chunk, 1, 65536)
-        _integer("decode_steps", self.decode_steps, 1, 1024)
-        _integer("seed", self.seed, -(2**63), 2**63 - 1)
+        require_integer("slots", self.slots, 1, 4096)
+        require_integer("page_size", self.page_size, 8, 1024)
+        require_integer("chunk", self.chunk, 1, 65536)
+        require_integer("decode_steps", self.decode_steps, 1, 1024)
+        require_integer("seed", self.seed, -(2**63), 2**63 - 1)
         for field, least in (("context", 2), ("pages", 1)):
             if getattr(self, field) is not None:
-                _integer(field, getattr(self, field), least, 2**31 - 1)
+                require_integer(field, getattr(self, field), least, 2**31 - 1)
         if self.page_size & (self.page_size - 1):
             raise refuse("page_size", self.page_size, "must be a power of two from 8 to 1024")
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
@@ -162,11 +160,6 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, None if value in ("None", "none") else {"True": True, "False": False}.get(value, value)
-
-
-def _integer(field: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise refuse(field, value, f"must be an integer from {low} to {high}")
 
 
 def _one_of(field: str, value: object, legal: tuple[object, ...]) -> None:
@@ -219,7 +212,7 @@ def from_hf(data: dict[str, Any], name: str) -> ModelConfig:
     except KeyError as error:
         raise UserError(f"config.json: field {error.args[0]} is missing") from None
     for field, value in sizes.items():
-        _integer(field, value, 1, LIMITS[field])
+        require_integer(field, value, 1, LIMITS[field])
     head_dim = data.get("head_dim")
     if head_dim is None:
         if sizes["hidden_size"] % heads:

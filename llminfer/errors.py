@@ -9,3 +9,9 @@ def refuse(field: str, value: object, rule: str) -> UserError:
     """Builds the error for `field=value`; `rule` says what is required and what would be legal."""
     shown = repr(value)
     return UserError(f"{field}={shown if len(shown) <= 80 else shown[:77] + '...'}: {rule}".replace("\n", " "))
+
+
+def require_integer(field: str, value: object, low: int, high: int) -> None:
+    """Refuses anything but an integer (a bool is none) from low to high."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise refuse(field, value, f"must be an integer from {low} to {high}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from llminfer.errors import UserError, refuse
+from llminfer.errors import UserError, refuse, require_integer
 
 # Parameters of the design that this version refuses by name unless they are left at these values.
 _LATER: dict[str, Any] = {
@@ -61,11 +61,11 @@ class SamplingParams:
         if isinstance(self.stop_token_ids, (str, int)) or any(not _is_int(t) or t < 0 for t in self.stop_token_ids):
             raise refuse("stop_token_ids", self.stop_token_ids, "must be a list of token ids >= 0")
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        _whole("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _whole("top_k", self.top_k, 0, 2**31 - 1)
-        _whole("n", self.n, 1, 1024)
+        require_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        require_integer("top_k", self.top_k, 0, 2**31 - 1)
+        require_integer("n", self.n, 1, 1024)
         if self.seed is not None:
-            _whole("seed", self.seed, -(2**63), 2**63 - 1)
+            require_integer("seed", self.seed, -(2**63), 2**63 - 1)
         _number("temperature", self.temperature, 0.0, 1000.0)
         _number("top_p", self.top_p, 0.0, 1.0)
         _number("min_p", self.min_p, 0.0, 1.0)
@@ -95,11 +95,6 @@ class SamplingParams:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> None:
-    if not _is_int(value) or not low <= value <= high:
-        raise refuse(name, value, f"must be an integer from {low} to {high}")
 
 
 def _number(name: str, value: Any, low: float, high: float) -> None:
