@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from llminfer.config import EngineConfig
-from llminfer.errors import UserError, refuse
+from llminfer.errors import UserError, as_user_error, refuse
 from llminfer.request import Completion, Metrics, RequestOutput, SamplingParams, Sequence
 from llminfer.weights import open_model
 from llminfer.weights.store import cache_root
@@ -28,7 +28,7 @@ class LLM:
         self.settings = EngineConfig.from_settings(settings)
         from sharding.mesh import parse_mesh
 
-        self._axes = _user(parse_mesh, self.settings.mesh)
+        self._axes = as_user_error(parse_mesh, self.settings.mesh)
         self.checkpoint = open_model(model, self.settings.cache_dir, progress)
         self.config = self.checkpoint.config
         # Reading the weights and the tokenizer needs no jax: it goes on while jax is imported and programs are compiled.
@@ -48,7 +48,7 @@ class LLM:
         from sharding.mesh import make_mesh
 
         keep_compiled(cache_root(self.settings.cache_dir) / "xla")
-        mesh = _user(make_mesh, self._axes, devices())
+        mesh = as_user_error(make_mesh, self._axes, devices())
         self.target = Target.of(devices()[0].platform, layout=self.settings.layout, dtype=self.settings.dtype, mesh=mesh)
         self.engine = Engine(self.config, self.settings, self.target, progress)
 
@@ -164,14 +164,6 @@ class LLM:
     def close(self) -> None:
         """Ends the background threads."""
         self.engine.programs.close()
-
-
-def _user(function: Any, *arguments: Any) -> Any:
-    """Calls what knows nothing of users; its ValueError becomes theirs."""
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _completion(seq: Sequence) -> Completion:

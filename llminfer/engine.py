@@ -24,6 +24,7 @@ from llminfer.programs import Program, Programs, count_compiles
 from llminfer.request import MAX_STOPS, FinishReason, Request, SamplingParams, Sequence
 from llminfer.sampler import request_key
 from llminfer.scheduler import Item, Plan, Scheduler
+from llminfer.step import NOTHING
 from llminfer.target import Target
 from llminfer.text import TextStream
 
@@ -143,7 +144,7 @@ class Engine:
         return made
 
     def abort(self, seq: Sequence) -> None:
-        self.scheduler.abort(seq)
+        self.scheduler.end(seq, FinishReason.ABORT)
 
     @property
     def busy(self) -> bool:
@@ -178,7 +179,7 @@ class Engine:
         extra = (pack_loop(plan, program.shape.rows),) if plan.steps else ()
         tokens, self._cache, self._last = compiled(self._params, self._cache, self._last, batch, *extra)
         tokens = np.asarray(tokens).reshape(program.shape.rows, -1)[: len(plan.items)]
-        return [[int(t) for t in row if t != -1] for row in tokens]
+        return [[int(t) for t in row if t != NOTHING] for row in tokens]
 
     def _check_pages(self, plan: Plan) -> None:
         for item in plan.items:
@@ -209,10 +210,15 @@ class Engine:
                 continue  # an end token is not part of the text
             if seq.stream.push(token):
                 del seq.output[seq.printed :]
-                self.scheduler.end(seq, FinishReason.STOP)
+                self._stop(seq)
                 return
-        if seq.finish is not None:
-            seq.stream.finish()
+        if seq.finish is not None and seq.stream.finish():
+            self._stop(seq)
+
+    def _stop(self, seq: Sequence) -> None:
+        """Ends a sequence at a stop string, also where the device had run on to another end."""
+        self.scheduler.end(seq, FinishReason.STOP)
+        seq.finish = FinishReason.STOP
 
     # Logits and statistics --------------------------------------------------------------------------------------
 

@@ -11,23 +11,20 @@ import jax.numpy as jnp
 
 from llminfer import cache, params
 from llminfer.config import EngineConfig, ModelConfig
-from llminfer.errors import UserError
+from llminfer.errors import UserError, as_user_error
 from llminfer.pages import Pages
 from llminfer.quant import QTensor, quantize_int8
-from llminfer.target import Target
+from llminfer.target import Target, devices
 from sharding.rules import check_divides, sharding
 
 
 def check_mesh(c: ModelConfig, target: Target) -> None:
     """Raises UserError for a mesh that does not divide the model, naming the sizes that would."""
-    try:
-        check_divides(target.mesh, {"kv_heads": c.num_kv_heads, "mlp": c.intermediate_size, "vocab": c.vocab_size})
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    as_user_error(check_divides, target.mesh, {"kv_heads": c.num_kv_heads, "mlp": c.intermediate_size, "vocab": c.vocab_size})
 
 
 def first_device(target: Target) -> Any:
-    return jax.devices()[0] if target.mesh is None else target.mesh.devices.flat[0]
+    return devices()[0] if target.mesh is None else target.mesh.devices.flat[0]
 
 
 def abstract_params(c: ModelConfig, settings: EngineConfig, target: Target) -> Any:

@@ -65,11 +65,6 @@ class Scheduler:
             return self._mixed()
         return self._decode(min(self.decode_steps, most or self.decode_steps))
 
-    def abort(self, seq: Sequence) -> None:
-        """Ends a sequence wherever it is."""
-        if seq.finish is None:
-            self._finish(seq, FinishReason.ABORT)
-
     def commit(self, plan: Plan, drawn: list[list[int]]) -> list[Sequence]:
         """Books a step's result: drawn[i] are the new tokens of plan.items[i], a negative one for logits that were not
         numbers. Returns the sequences that got a token or ended."""
@@ -90,7 +85,7 @@ class Scheduler:
         return touched
 
     def end(self, seq: Sequence, reason: FinishReason) -> None:
-        """Ends a sequence from outside the token stream: a stop string, an error."""
+        """Ends a sequence from outside the token stream, wherever it is: a stop string, the caller. Nothing if it has ended."""
         if seq.finish is None:
             self._finish(seq, reason)
 

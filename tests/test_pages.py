@@ -124,7 +124,7 @@ def test_random_operations_keep_the_books(windows: tuple[int, ...], prefix_cache
             scheduler.add(seq)
             alive.append(seq)
         if alive and draw.random() < 0.05:
-            scheduler.abort(draw.choice(alive))
+            scheduler.end(draw.choice(alive), FinishReason.ABORT)
         if (plan := scheduler.schedule()) is not None:
             for item in plan.items:  # every position of the step has a page, and every one that it may draw on the way
                 last = item.start + item.count + max(0, item.draws - 1)
