@@ -26,7 +26,7 @@ class Target:
         platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
         return cls(
             platform=platform,
-            attention="pallas" if platform == "tpu" else "reference",
+            attention={"tpu": "pallas", "gpu": "batched"}.get(platform, "reference"),
             stacked=platform == "tpu" if layout == "auto" else layout == "stacked",
             dtype=("float32" if platform == "cpu" else "bfloat16") if dtype == "auto" else dtype,
             mesh=mesh,

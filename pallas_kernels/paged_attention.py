@@ -12,8 +12,9 @@ Keys and values share the lanes of one row so that a token of one head is one co
 the 128 lanes of a TPU register, and a page is one transfer. Online softmax: Milakov and Gimelshein, arXiv 1805.02867;
 pages: Kwon et al., arXiv 2309.06180.
 
-`impl` chooses the body: "reference" (plain jnp, below: the contract and what a CPU runs), "pallas" (the TPU kernel of
-paged_attention_tpu.py), "interpret" (that kernel, interpreted on a CPU).
+`impl` chooses the body: "reference" (plain jnp, below: the contract and what a CPU runs), "batched" (the same with all
+decoding sequences at once: what a GPU runs), "pallas" (the TPU kernel of paged_attention_tpu.py), "interpret" (that kernel,
+interpreted on a CPU).
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-# Tokens of context that the reference handles at a time, for one sequence that decodes, for several, and for chunks; and
-# query rows of a chunk at a time. The best on XLA:CPU of 32 to 640 (LOG.md).
-LONE_BLOCK, DECODE_BLOCK, PREFILL_BLOCK = 128, 64, 256
+# Tokens of context that the reference handles at a time, for sequences that decode and for chunks; and query rows of a
+# chunk at a time. The best on XLA:CPU of 32 to 640 (LOG.md).
+DECODE_BLOCK, PREFILL_BLOCK = 128, 256
 Q_BLOCK = 256
 _NEG = -1e30
 
@@ -38,10 +39,10 @@ def paged_attention(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, w
     check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max)
     args = dict(layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len, window=window)
     args |= dict(scale=scale, softcap=softcap, q_max=q_max)
-    if impl == "reference":
-        return paged_attention_reference(q, k, v, kv, **args)
+    if impl in ("reference", "batched"):
+        return paged_attention_reference(q, k, v, kv, **args, batched=impl == "batched")
     if impl not in ("pallas", "interpret"):
-        raise ValueError(f"impl={impl!r}: legal: reference, pallas, interpret")
+        raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret")
     from jax.experimental.pallas import tpu as pltpu
 
     from pallas_kernels.paged_attention_tpu import paged_attention_tpu
@@ -71,11 +72,12 @@ def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max):
         raise ValueError(f"q_max={q_max}: must be from 1 to the {tokens} rows of q")
 
 
-def paged_attention_reference(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, softcap, q_max):
-    """The contract in plain jnp: see the module. Work grows with the longest live context, not with the table."""
+def paged_attention_reference(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, softcap, q_max, batched=False):
+    """The contract in plain jnp: see the module. Work grows with the live context (batched: with the longest), not with
+    the table."""
     kv = write_pages(k, v, kv, layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len)
     look = functools.partial(_look, kv=kv, layer=layer, window=window, scale=scale, softcap=softcap)
-    out = _one_each(q, page_table, q_start, jnp.where(q_len == 1, kv_len, 0), look)
+    out = _one_each(q, page_table, q_start, jnp.where(q_len == 1, kv_len, 0), look, batched)
     if q_max > 1:
         out = _in_blocks(q, out, page_table, q_start, jnp.where(q_len > 1, q_len, 0), kv_len, look)
     return out, kv
@@ -95,12 +97,14 @@ def write_pages(k, v, kv, *, layer, page_table, q_start, q_len, kv_len):
     return kv.at[layer, page[:, None], heads[None], (pos % page_size)[:, None]].set(new, mode="drop")
 
 
-def _one_each(q, page_table, q_start, kv_len, look):
-    """The sequences that bring one token each (kv_len 0: nothing to do), all at once. Other rows are zeros."""
+def _one_each(q, page_table, q_start, kv_len, look, batched):
+    """The sequences that bring one token each (kv_len 0: nothing to do): all at once, or one after the other, so that each
+    costs its own length (XLA:CPU is no faster at several). Other rows are zeros."""
     live = kv_len > 0
     rows = jnp.clip(q_start, 0, q.shape[0] - 1)
-    block = LONE_BLOCK if page_table.shape[0] == 1 else DECODE_BLOCK
-    found = look(q[rows][:, None], (kv_len - 1)[:, None], page_table, block=block)[:, 0]
+    at_once = lambda q, length, table: look(q[:, None], (length - 1)[:, None], table, block=DECODE_BLOCK)[:, 0]
+    each = (q[rows], kv_len, page_table)
+    found = at_once(*each) if batched else lax.map(lambda row: at_once(*(x[None] for x in row))[0], each)
     return jnp.zeros_like(q).at[jnp.where(live, q_start, q.shape[0])].set(found.astype(q.dtype), mode="drop")
 
 
@@ -136,7 +140,7 @@ def _look(q, pos, table, *, kv, layer, window, scale, softcap, block):
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_a_block)))
     precision = lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None
     dot = functools.partial(_products if chunk == 1 else jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    whole = chunk == 1 and rows == 1  # zeros under the value lanes: the product reads whole rows, which need not be cut out
+    whole = chunk == 1  # zeros under the value lanes: the product reads whole rows, which need not be cut out
     q = (q * scale).astype(kv.dtype).reshape(rows, chunk, heads, group, dim).swapaxes(1, 2).reshape(rows, heads, chunk * group, dim)
     if whole:
         q = jnp.concatenate([q, jnp.zeros_like(q)], axis=-1)

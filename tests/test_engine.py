@@ -76,7 +76,7 @@ def test_the_tpu_kernel_serves_the_same_tokens_in_the_interpreter() -> None:
     c = dataclasses.replace(from_toml("tiny_window"), num_layers=3, head_dim=64)
     settings = EngineConfig(slots=2, context=64, chunk=16, decode_steps=3)
     found = []
-    for attention in ("reference", "interpret"):
+    for attention in ("reference", "batched", "interpret"):
         engine = Engine(c, settings, dataclasses.replace(Target.of("cpu", layout="stacked"), attention=attention))
         engine.load(None)
         params = SamplingParams(max_tokens=4, ignore_eos=True)
