@@ -84,16 +84,21 @@ class Engine:
     def _logits(self) -> Program:
         return Program("logits", self._shape(self.settings.chunk, 1))
 
+    @functools.cached_property
+    def logprobs_program(self) -> Program:
+        return Program("logprobs", self._shape(self.settings.chunk, 1))
+
     def warm_up(self, expect: tuple[int, int] | None = None) -> None:
         """Starts compiling in the background: all programs, the smaller first; or, where it is known what is expected (the
-        tokens of a prompt, and sequences at once), only what that needs. What is left out is compiled when it is met."""
+        tokens of a prompt, and sequences at once; 0 for none), only what that needs. What is left out is compiled when it is met."""
         if expect is None:
             first, *rest = self._mixed
             self.programs.want([first, self._decode[0], *rest, *self._decode[1:]])
             return
         tokens, sequences = expect
         chunks = {tokens % self.settings.chunk, min(tokens, self.settings.chunk)} - {0}
-        self.programs.want([*(self._fit(self._mixed, n) for n in sorted(chunks)), self._fit(self._decode, sequences)])
+        decode = [self._fit(self._decode, sequences)] if sequences else []
+        self.programs.want([*(self._fit(self._mixed, n) for n in sorted(chunks)), *decode])
 
     @staticmethod
     def _fit(programs: list[Program], tokens: int) -> Program:
@@ -224,24 +229,36 @@ class Engine:
 
     def prompt_logits(self, prompt: list[int]) -> np.ndarray:
         """float32 [len, vocab] of every position, through the paged cache in chunks, as a served prompt would be."""
+        return np.concatenate(self._by_chunks(prompt, self._logits))
+
+    def token_logprobs(self, prompt: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(float32 [len - 1], bool [len - 1]) of the second token of a prompt and all after it: its log-probability given all before
+        it, and whether none was likelier. The prompt has at most `context` tokens; computed as in prompt_logits."""
+        parts = self._by_chunks(prompt, self.logprobs_program, np.array([*prompt[1:], 0], np.int32))
+        logprobs, best = (np.concatenate(arrays)[:-1] for arrays in zip(*parts, strict=True))
+        return logprobs, best
+
+    def _by_chunks(self, prompt: list[int], program: Program, tokens: np.ndarray | None = None) -> list[Any]:
+        """What `program` returns for each chunk of a prompt, its padding cut off. tokens [len]: its further argument."""
         request = Request(prompt, SamplingParams(), 0, 1, frozenset(), 0.0)
         seq = Sequence(request, 0, request_key(0, 0), pages=[[] for _ in self.pages.groups])
-        program, out = self._logits, []
+        out: list[Any] = []
         compiled = self.programs.get(program)
         try:
             with count_compiles(self._compiled):
                 for start in range(0, len(prompt), self.settings.chunk):
                     count = min(self.settings.chunk, len(prompt) - start)
                     if not self.pages.reserve(seq, start + count):
-                        raise UserError(f"prompt_logits: {len(prompt)} tokens need more pages than are free ({self.pages.free})")
+                        raise UserError(f"{program.kind}: {len(prompt)} tokens need more pages than are free ({self.pages.free})")
                     batch = pack([Item(seq, start, count, 0)], program.shape)
-                    logits, self._cache, self._last = compiled(self._params, self._cache, self._last, batch)
-                    out.append(np.asarray(logits)[:count])
+                    extra = () if tokens is None else (np.resize(tokens[start : start + count], program.shape.tokens),)
+                    found, self._cache, self._last = compiled(self._params, self._cache, self._last, batch, *extra)
+                    out.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count], found))
                     seq.computed = start + count
                     self.pages.computed(seq)
         finally:
             self.pages.release(seq)
-        return np.concatenate(out)
+        return out
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start; see DESIGN for the names."""

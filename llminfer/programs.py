@@ -36,7 +36,7 @@ _counting: ContextVar[list[int] | None] = ContextVar("counting", default=None)
 
 @dataclass(frozen=True)
 class Program:
-    """kind: mixed | decode | logits; shape: its static sizes."""
+    """kind: mixed | decode | logits | logprobs; shape: its static sizes."""
 
     kind: str
     shape: BatchShape
@@ -84,11 +84,14 @@ class Programs:
 
     def lower(self, program: Program) -> Any:
         """The lowered (not yet compiled) program: for the planner and for tests that read the HLO."""
-        function = {"mixed": step.mixed_step, "logits": step.prompt_logits, "decode": step.decode_loop}[program.kind]
+        functions = {"mixed": step.mixed_step, "decode": step.decode_loop, "logits": step.prompt_logits, "logprobs": step.token_logprobs}
+        function = functions[program.kind]
         extra: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}
         if program.kind == "decode":
             extra, keywords = (pack_loop(Plan(()), program.shape.rows),), {"most": self.most}
+        if program.kind == "logprobs":
+            extra = (np.zeros(program.shape.tokens, np.int32),)
         function = functools.partial(function, c=self.c, target=self.target, **keywords)
         batch = pack((), program.shape)
         # The cache and the last tokens come back as they went in; what is drawn is read by the host.

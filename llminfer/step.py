@@ -1,4 +1,4 @@
-"""The programs that run on the device: a mixed step, a decode loop, and the logits of a prompt chunk.
+"""The programs that run on the device: a mixed step, a decode loop, and the logits (or what they say of given tokens) of a prompt chunk.
 
 Each is a pure function of (weights, cache, last tokens, batch) with static shapes; the cache and `last` are donated.
 last [slots] int32 holds the token that each slot drew last, so that a next step can be sent before this one is read.
@@ -76,6 +76,14 @@ def prompt_logits(params: Params, cache: KVCache, last: jax.Array, batch: Batch,
     """The logits of every row of one chunk, float32 [T, V]; (logits, cache, last)."""
     hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
     return model.logits(params, hidden, c), cache, last
+
+
+def token_logprobs(params: Params, cache: KVCache, last: jax.Array, batch: Batch, tokens: jax.Array, *, c: ModelConfig, target: Target):
+    """What every row of one chunk says of the token given for it, tokens int32 [T]. Returns ((its log-probability float32 [T],
+    whether no other has a larger logit bool [T]), cache, last): the logits stay on the device."""
+    logits, cache, last = prompt_logits(params, cache, last, batch, c=c, target=target)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return (chosen - jax.nn.logsumexp(logits, axis=1), chosen >= logits.max(axis=1)), cache, last
 
 
 def _fill(batch: Batch, last: jax.Array) -> Batch:
