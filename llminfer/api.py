@@ -33,12 +33,11 @@ class LLM:
         self.config = self.checkpoint.config
         # Reading the weights and the tokenizer needs no jax: it goes on while jax is imported and programs are compiled.
         with concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="load") as pool:
-            reading = None if self.checkpoint.random else pool.submit(self.checkpoint.load, progress)
             tokenizing = pool.submit(self.checkpoint.tokenizer)
             self._build(progress)
             self.tokenizer = tokenizing.result()
             self.engine.warm_up(expect(self) if expect else None)
-            self.engine.load(reading.result() if reading else None)
+            self.engine.load(None if self.checkpoint.random else self.checkpoint.leaves(progress))
         self.load_s = time.perf_counter() - started
 
     def _build(self, progress: Any) -> None:

@@ -19,12 +19,14 @@ class Batch:
     """A ragged batch of T token rows of R sequences; all int32. Row t of no sequence has position 0 and is ignored.
 
     tokens [T]: ids; a negative one stands for the token that its slot drew last, still on the device.
-    positions [T]; q_start, q_len, kv_len [R] and tables (one [R, pages a sequence] a page group): as paged_attention.
+    positions [T]. reach [T]: length of the sequence as far as it is known: its prompt's, or the context's where that is longer.
+    q_start, q_len, kv_len [R] and tables (one [R, pages a sequence] a page group): as paged_attention.
     slots [R]: the slot of each sequence. draws [R]: 1 where a token is to be drawn after the sequence's last row.
     """
 
     tokens: Any
     positions: Any
+    reach: Any
     q_start: Any
     q_len: Any
     kv_len: Any
@@ -59,7 +61,7 @@ class BatchShape:
 def pack(items: Sequence[Item], shape: BatchShape) -> Batch:
     """The NumPy Batch of a plan's items; rows beyond them belong to nobody. Device memory is not touched."""
     ints = {name: np.zeros(shape.rows, np.int32) for name in ("q_start", "q_len", "kv_len", "slots", "draws")}
-    tokens, positions = np.zeros(shape.tokens, np.int32), np.zeros(shape.tokens, np.int32)
+    tokens, positions, reach = (np.zeros(shape.tokens, np.int32) for _ in range(3))
     tables = tuple(np.zeros((shape.rows, shape.pages), np.int32) for _ in range(shape.groups))
     sampling = no_sampling(shape.rows)
     at = 0
@@ -67,6 +69,7 @@ def pack(items: Sequence[Item], shape: BatchShape) -> Batch:
         seq, end = item.seq, item.start + item.count
         tokens[at : at + item.count] = seq.slice(item.start, end)
         positions[at : at + item.count] = np.arange(item.start, end)
+        reach[at : at + item.count] = np.maximum(np.arange(item.start + 1, end + 1), len(seq.request.prompt))
         ints["q_start"][row], ints["q_len"][row], ints["kv_len"][row] = at, item.count, end
         ints["slots"][row], ints["draws"][row] = seq.slot, min(item.draws, 1)
         for table, pages in zip(tables, seq.pages, strict=True):
@@ -79,7 +82,7 @@ def pack(items: Sequence[Item], shape: BatchShape) -> Batch:
         np.maximum(table, 0, out=table)  # pages that a window left behind: any valid id, never read
     if shape.tokens == shape.rows:
         ints["q_start"] = np.arange(shape.rows, dtype=np.int32)
-    return Batch(tokens=tokens, positions=positions, tables=tables, sampling=sampling, **ints)
+    return Batch(tokens=tokens, positions=positions, reach=reach, tables=tables, sampling=sampling, **ints)
 
 
 def pack_loop(plan: Plan, rows: int) -> Loop:

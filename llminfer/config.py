@@ -23,24 +23,72 @@ LIMITS = {
     "head_dim": 1024,
     "max_position": 2**24,
 }
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+def _positive(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+        raise refuse(field, value, "must be a positive number")
+
+
+def _one_of(field: str, value: object, legal: tuple[object, ...]) -> None:
+    if not any(value is item or (type(value) is type(item) and value == item) for item in legal):
+        raise refuse(field, value, f"legal: {', '.join('null' if x is None else str(x) for x in legal)}")
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """Rotary frequency scaling. kind: "linear" (all frequencies / factor) or "llama3" (Llama 3.1, by wavelength)."""
+class Rope:
+    """One rotary embedding (Su et al., arXiv 2104.09864) with its scaling.
 
-    kind: str
-    factor: float
+    dim: the first so many elements of a head are rotated, None for all; pair i is elements i and i + dim / 2. kind: how the
+    frequencies are scaled: "default" not at all; "linear" all divided by factor; "dynamic" a larger base for sequences past
+    original_max_position (NTK-aware); "yarn" divided, kept or blended between beta_slow and beta_fast rotations (Peng et al.,
+    arXiv 2309.00071); "llama3" by wavelength (Llama 3.1); "longrope" divided one by one by short_factors, or by long_factors for
+    sequences past original_max_position (Ding et al., arXiv 2402.13753). attention_factor: what sine and cosine are multiplied by.
+    """
+
+    theta: float = 10000.0
+    dim: int | None = None
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_position: int = 8192
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("rope kind", self.kind, ROPE_KINDS)
+        for field in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+            _positive(f"rope_{field}", getattr(self, field))
+        require_integer("rope original_max_position", self.original_max_position, 1, LIMITS["max_position"])
+        if self.dim is not None:
+            require_integer("rope dim", self.dim, 2, LIMITS["head_dim"])
+            if self.dim % 2:
+                raise refuse("rope dim", self.dim, "must be even (rotary pairs)")
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on the length of the sequence."""
+        return self.kind in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of one decoder-only transformer. Sizes in elements; `windows` is a pattern repeated over
-    the layers, each entry the number of latest positions a token sees (itself included), 0 for all of them."""
+    """Shapes and constants of one decoder-only transformer: every family is a choice of these fields. Sizes in elements.
+
+    Attention: `windows` is a pattern repeated over the layers, each entry the number of latest positions a token sees (itself
+    included), 0 for all of them; `rope_layers` a pattern of as many entries (or one for all): which of `ropes` a layer uses, -1
+    for none. qk_norm: "" none, "head" one weight [head_dim] for all heads, "heads" a weight for each head, "full" over all heads
+    at once. attn_scale: None for head_dim ** -0.5. attn_softcap, logit_softcap: x -> cap * tanh(x / cap).
+    Block: norm "rms" or "layer"; norm_offset is added to a norm's weight. pre_norm: norms before attention and mlp; post_norm:
+    norms on what both give, before it is added. parallel: attention and mlp read the same input and are added together;
+    shared_norm: then one norm serves both. residual_scale multiplies what is added to the residual stream.
+    mlp: gated: act(gate) * up, else act(up). embed_scale and logit_scale multiply the embeddings and the logits."""
 
     name: str
     vocab_size: int
@@ -52,9 +100,29 @@ class ModelConfig:
     head_dim: int
     max_position: int
     windows: tuple[int, ...] = (0,)
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    ropes: tuple[Rope, ...] = (Rope(),)
+    rope_layers: tuple[int, ...] = (0,)
+    learned_positions: bool = False
+    norm: str = "rms"
     norm_eps: float = 1e-5
+    norm_bias: bool = False
+    norm_offset: float = 0.0
+    pre_norm: bool = True
+    post_norm: bool = False
+    parallel: bool = False
+    shared_norm: bool = False
+    qk_norm: str = ""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    gated: bool = True
+    activation: str = "silu"
+    attn_scale: float | None = None
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     tie_embeddings: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -66,17 +134,40 @@ class ModelConfig:
             raise refuse("num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
             raise refuse("head_dim", self.head_dim, "must be even (rotary pairs)")
-        if not self.windows or any(not isinstance(w, int) or w < 0 for w in self.windows):
+        if not self.windows or any(type(w) is not int or w < 0 for w in self.windows):
             raise refuse("windows", self.windows, "must be a list of integers >= 0 (0: no window)")
-        if len(self.windows) > self.num_layers:
-            raise refuse("windows", self.windows, f"must not be longer than num_layers={self.num_layers}")
-        for field in ("rope_theta", "norm_eps"):
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
-                raise refuse(field, value, "must be a positive number")
+        if not self.rope_layers or any(type(r) is not int or not -1 <= r < len(self.ropes) for r in self.rope_layers):
+            raise refuse("rope_layers", self.rope_layers, f"must be integers from -1 (none) to {len(self.ropes) - 1}")
+        if 1 != len(self.windows) != len(self.rope_layers) != 1:
+            raise refuse("rope_layers", self.rope_layers, f"must have one entry or as many as windows ({len(self.windows)})")
+        if self.period > self.num_layers:
+            raise refuse("windows and rope_layers", self.period, f"must not be longer than num_layers={self.num_layers}")
+        for rope in self.ropes:
+            pairs = (rope.dim or self.head_dim) // 2
+            if pairs * 2 > self.head_dim:
+                raise refuse("rope dim", rope.dim, f"must be at most head_dim={self.head_dim}")
+            if rope.kind == "longrope" and not len(rope.short_factors) == len(rope.long_factors) == pairs:
+                raise refuse("rope factors", len(rope.long_factors), f"longrope needs one short and one long factor a pair ({pairs})")
+        _one_of("norm", self.norm, ("rms", "layer"))
+        _one_of("qk_norm", self.qk_norm, ("", "head", "heads", "full"))
+        _one_of("activation", self.activation, ("silu", "gelu", "gelu_tanh"))
+        if not (self.pre_norm or self.post_norm):
+            raise refuse("pre_norm", False, "a block needs pre_norm or post_norm")
+        if self.shared_norm and not (self.parallel and self.pre_norm):
+            raise refuse("shared_norm", True, "needs parallel and pre_norm")
+        for field in ("norm_eps", "embed_scale", "residual_scale", "logit_scale"):
+            _positive(field, getattr(self, field))
+        for field in ("attn_scale", "attn_softcap", "logit_softcap"):
+            if getattr(self, field) is not None:
+                _positive(field, getattr(self, field))
         for token in (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))):
-            if not 0 <= token < self.vocab_size:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise refuse("bos/eos token id", token, f"must be from 0 to vocab_size-1={self.vocab_size - 1}")
+
+    @property
+    def period(self) -> int:
+        """Length of the pattern of layers: layer i is of the kind of layer i % period."""
+        return max(len(self.windows), len(self.rope_layers))
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -86,6 +177,10 @@ class ModelConfig:
     def window(self, layer: int) -> int:
         return self.windows[layer % len(self.windows)]
 
+    def rope(self, layer: int) -> int:
+        """Index in `ropes` of the layer's rotary embedding; -1: none."""
+        return self.rope_layers[layer % len(self.rope_layers)]
+
     def group_layers(self, group: int) -> tuple[int, ...]:
         """Layer numbers of page group `group` (an index of `groups`), in order."""
         return tuple(i for i in range(self.num_layers) if self.window(i) == self.groups[group])
@@ -93,10 +188,16 @@ class ModelConfig:
     @property
     def num_params(self) -> int:
         """Parameter count, the tied output head counted once."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        heads = 1 if self.tie_embeddings else 2
-        return self.num_layers * layer + heads * self.vocab_size * self.hidden_size + self.hidden_size
+        d, f = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        norm = d * (2 if self.norm_bias else 1)
+        norms = self.pre_norm * (1 if self.shared_norm else 2) + 2 * self.post_norm
+        qk_norm = {"": 0, "head": 2 * self.head_dim, "heads": q + kv, "full": q + kv}[self.qk_norm]
+        up = f * (2 if self.gated else 1)
+        biases = self.qkv_bias * (q + 2 * kv) + self.o_bias * d + self.mlp_bias * (up + d)
+        layer = d * (2 * q + 2 * kv) + d * (up + f) + norms * norm + qk_norm + biases
+        tables = (1 if self.tie_embeddings else 2) * self.vocab_size + self.learned_positions * self.max_position
+        return self.num_layers * layer + tables * d + norm
 
 
 @dataclass(frozen=True)
@@ -162,11 +263,6 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return key, None if value in ("None", "none") else {"True": True, "False": False}.get(value, value)
 
 
-def _one_of(field: str, value: object, legal: tuple[object, ...]) -> None:
-    if not any(value is item or (type(value) is type(item) and value == item) for item in legal):
-        raise refuse(field, value, f"legal: {', '.join('null' if x is None else str(x) for x in legal)}")
-
-
 def configs_dir() -> Path:
     """The folder of TOML configs: inside the installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / "configs"
@@ -180,82 +276,9 @@ def from_toml(name: str) -> ModelConfig:
     if name not in names:
         raise refuse("config", name, f"legal: {', '.join(names)}")
     data = tomllib.loads((folder / f"{name}.toml").read_text())
-    if scaling := data.pop("rope_scaling", None):
-        data["rope_scaling"] = RopeScaling(**scaling)
-    for field in ("windows", "eos_ids"):
+    if "ropes" in data:
+        data["ropes"] = tuple(Rope(**{k: tuple(v) if isinstance(v, list) else v for k, v in rope.items()}) for rope in data["ropes"])
+    for field in ("windows", "rope_layers", "eos_ids"):
         if field in data:
             data[field] = tuple(data[field])
     return ModelConfig(name=name, **data)
-
-
-def from_hf(data: dict[str, Any], name: str) -> ModelConfig:
-    """ModelConfig from the contents of a Hugging Face config.json (transformers 4 and 5 spelling). Raises UserError."""
-    if not isinstance(data, dict):
-        raise refuse("config.json", type(data).__name__, "must be a JSON object")
-    architecture = (data.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise refuse("architectures", architecture, f"not supported; legal: {', '.join(ARCHITECTURES)}")
-    for field, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if data.get(field, supported) not in (supported, None):
-            raise refuse(field, data[field], f"not supported for {architecture}; legal: {supported}")
-    try:
-        heads = data["num_attention_heads"]
-        sizes = {
-            "vocab_size": data["vocab_size"],
-            "hidden_size": data["hidden_size"],
-            "intermediate_size": data["intermediate_size"],
-            "num_layers": data["num_hidden_layers"],
-            "num_heads": heads,
-            "num_kv_heads": data["num_key_value_heads"] if data.get("num_key_value_heads") is not None else heads,
-            "max_position": data.get("max_position_embeddings", 2048),
-        }
-    except KeyError as error:
-        raise UserError(f"config.json: field {error.args[0]} is missing") from None
-    for field, value in sizes.items():
-        require_integer(field, value, 1, LIMITS[field])
-    head_dim = data.get("head_dim")
-    if head_dim is None:
-        if sizes["hidden_size"] % heads:
-            raise refuse("num_attention_heads", heads, f"must divide hidden_size={sizes['hidden_size']}")
-        head_dim = sizes["hidden_size"] // heads
-    window = data.get("sliding_window") if architecture == "MistralForCausalLM" else None
-    theta, scaling = _rope_from_hf(data)
-    eos = data.get("eos_token_id")
-    return ModelConfig(
-        name=name,
-        **sizes,
-        head_dim=head_dim,
-        windows=(window or 0,),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=data.get("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-        bos_id=data.get("bos_token_id"),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-    )
-
-
-def _rope_from_hf(data: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise refuse("rope_scaling", rope, "must be an object")
-    theta = rope.get("rope_theta", data.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind not in ("linear", "llama3"):
-        raise refuse("rope_type", kind, "legal: default, linear, llama3")
-    try:
-        scaling = RopeScaling(kind, float(rope["factor"]))
-        if kind == "llama3":
-            scaling = RopeScaling(
-                kind,
-                float(rope["factor"]),
-                float(rope["low_freq_factor"]),
-                float(rope["high_freq_factor"]),
-                int(rope["original_max_position_embeddings"]),
-            )
-    except KeyError as error:
-        raise UserError(f"config.json: rope scaling {kind} needs the field {error.args[0]}") from None
-    return float(theta), scaling

@@ -106,9 +106,9 @@ class Engine:
 
     # Weights ----------------------------------------------------------------------------------------------------
 
-    def load(self, params: Any) -> None:
-        """Takes weights (host arrays in the listed layout; None: random ones) and allocates the cache."""
-        self._params = placement.load_params(params, self.c, self.settings, self.target)
+    def load(self, leaves: Iterable[tuple[str, Any]] | None) -> None:
+        """Takes weights (named host arrays, see Checkpoint.leaves; None: random ones) and allocates the cache."""
+        self._params = placement.load_params(leaves, self.c, self.settings, self.target)
         self.weights_bytes = sum(x.nbytes for x in jax.tree.leaves(self._params))
         self._cache = kv.allocate(self._shapes[1], poison=self.settings.debug)
         self._last = placement.zeros(self._shapes[2])
@@ -139,7 +139,7 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.c.eos_ids))
         limit = min(params.max_tokens, self.context - len(prompt))
-        request = Request(prompt, params, seed, limit, ends, time.perf_counter())
+        request = Request(prompt, params, seed, limit, ends, time.perf_counter(), self._regime(len(prompt)))
         made = []
         for index in range(params.n):
             seq = Sequence(request, index, request_key(seed, index))
@@ -147,6 +147,11 @@ class Engine:
             self.scheduler.add(seq)
             made.append(seq)
         return made
+
+    def _regime(self, length: int) -> str:
+        """See Request: a prompt that is longer than a rope was trained for has keys of its own."""
+        past = [rope.kind for rope in self.c.ropes if rope.by_length and length > rope.original_max_position]
+        return f"dynamic {length}" if "dynamic" in past else "longrope" if past else ""
 
     def abort(self, seq: Sequence) -> None:
         self.scheduler.end(seq, FinishReason.ABORT)

@@ -3,48 +3,113 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llminfer.config import ModelConfig, RopeScaling
+from llminfer.config import ModelConfig, Rope
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root mean square norm over the last axis, computed in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+def norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, c: ModelConfig) -> jax.Array:
+    """Norm over the last axis, computed in float32: by the root mean square (Zhang and Sennrich, arXiv 1910.07467), or after
+    the mean is taken off (layer norm, Ba et al., arXiv 1607.06450). weight, bias: shapes that broadcast to x."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return weight * y.astype(x.dtype)
+    if c.norm == "layer":
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + c.norm_eps)
+    if c.norm_offset:  # such a weight is small beside the offset: it must not be rounded with it
+        return (y * (c.norm_offset + weight.astype(jnp.float32))).astype(x.dtype)
+    y = weight * y.astype(x.dtype)
+    return y if bias is None else y + bias
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Angle a position for each rotary pair, float32 [H / 2] (Su et al., arXiv 2104.09864). Scaling: linear divides
-    all; llama3 divides the long wavelengths, keeps the short and blends between (Llama 3.1 model card)."""
-    freq = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    freq = freq.astype(np.float32)
-    if scaling is None:
+def qk_norm(x: jax.Array, weight: jax.Array | None, c: ModelConfig) -> jax.Array:
+    """Norm of queries or keys x [T, heads, H], before their rotation: over each head (one weight [H] for all, or weights
+    [heads * H]), or over all heads at once (c.qk_norm "full")."""
+    if weight is None:
+        return x
+    if c.qk_norm == "full":
+        return norm(x.reshape(x.shape[0], -1), weight, None, c).reshape(x.shape)
+    return norm(x, weight if c.qk_norm == "head" else weight.reshape(x.shape[1:]), None, c)
+
+
+def activate(x: jax.Array, c: ModelConfig) -> jax.Array:
+    """The mlp's activation, in float32 and back."""
+    y = x.astype(jnp.float32)
+    y = jax.nn.silu(y) if c.activation == "silu" else jax.nn.gelu(y, approximate=c.activation == "gelu_tanh")
+    return y.astype(x.dtype)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """x held inside -cap .. cap by a tanh (Gemma 2, arXiv 2408.00118)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rope_frequencies(rope: Rope, head_dim: int, length: Any = None) -> Any:
+    """Angle a position for each rotary pair, float32 [dim / 2], or [..., dim / 2] for lengths [...] of sequences where the
+    frequencies depend on them (Rope.by_length). See Rope for the kinds."""
+    dim = rope.dim or head_dim
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    freq = (1.0 / rope.theta**exponent).astype(np.float32)
+    if rope.kind == "default":
         return freq
-    if scaling.kind == "linear":
-        return (freq / scaling.factor).astype(np.float32)
-    wavelength = 2 * math.pi / freq
-    turns = scaling.original_max_position / wavelength
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
-    return ((1 - blend) * freq / scaling.factor + blend * freq).astype(np.float32)
+    if rope.kind == "linear":
+        return (freq / rope.factor).astype(np.float32)
+    if rope.kind == "llama3":
+        turns = rope.original_max_position * freq / (2 * math.pi)
+        blend = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
+        return ((1 - blend) * freq / rope.factor + blend * freq).astype(np.float32)
+    if rope.kind == "yarn":
+        keep = _yarn_keep(rope, dim)
+        return (freq / rope.factor * (1 - keep) + freq * keep).astype(np.float32)
+    length = jnp.maximum(jnp.asarray(length), rope.original_max_position)[..., None]
+    if rope.kind == "dynamic":
+        grown = rope.factor * length / rope.original_max_position - (rope.factor - 1)
+        return 1.0 / (rope.theta * grown ** (dim / (dim - 2))) ** exponent
+    short, long = (freq / np.asarray(factors, np.float32) for factors in (rope.short_factors, rope.long_factors))
+    return jnp.where(length > rope.original_max_position, long, short)
 
 
-def rope_table(c: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) float32 [T, 1, 2, H / 2] for positions [T]: for each half of a head, the sine with its sign."""
-    freq = jnp.asarray(rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+def _yarn_keep(rope: Rope, dim: int) -> np.ndarray:
+    """The share of each pair's frequency that yarn keeps: 1 for the fast pairs, 0 for the slow, a ramp between."""
+
+    def pair(rotations: float) -> float:
+        return dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (np.arange(dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+    return 1 - np.clip(ramp, 0, 1)
+
+
+RopeTable = tuple[jax.Array, jax.Array]
+
+
+def rope_tables(c: ModelConfig, positions: jax.Array, reach: jax.Array) -> tuple[RopeTable, ...]:
+    """For each of c.ropes (cos, sin), float32 [T, 1, 2, dim / 2], at positions [T]: for each half of the rotated part, the
+    sine with its sign. reach [T]: the length that decides where frequencies depend on it."""
+    return tuple(_rope_table(rope, c.head_dim, positions, reach) for rope in c.ropes)
+
+
+def _rope_table(rope: Rope, head_dim: int, positions: jax.Array, reach: jax.Array) -> RopeTable:
+    freq = jnp.asarray(rope_frequencies(rope, head_dim, reach[:, None] if rope.by_length else None))
     angle = positions.astype(jnp.float32)[:, None, None] * freq
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (f(angle) * np.float32(rope.attention_factor) for f in (jnp.cos, jnp.sin))
     return jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
 
 
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding of x [T, heads, H]: pair i is elements i and i + H/2. The halves change places by a reversal,
-    which XLA:CPU vectorises; a concatenation of them takes it five times as long."""
+def rotate(x: jax.Array, rope: RopeTable | None) -> jax.Array:
+    """Rotary embedding of x [T, heads, H]: pair i of the first dim elements is elements i and i + dim/2. The halves change
+    places by a reversal, which XLA:CPU vectorises; a concatenation of them takes it five times as long."""
+    if rope is None:
+        return x
     cos, sin = rope
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
-    return (halves * cos + jax.lax.rev(halves, (halves.ndim - 2,)) * sin).reshape(x.shape).astype(x.dtype)
+    dim = 2 * cos.shape[-1]
+    turned, rest = x[..., :dim], x[..., dim:]
+    halves = turned.astype(jnp.float32).reshape(*turned.shape[:-1], 2, -1)
+    turned = (halves * cos + jax.lax.rev(halves, (halves.ndim - 2,)) * sin).reshape(turned.shape).astype(x.dtype)
+    return turned if dim == x.shape[-1] else jnp.concatenate([turned, rest], axis=-1)

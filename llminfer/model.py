@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from llminfer.batch import Batch
 from llminfer.cache import KVCache
 from llminfer.config import ModelConfig
-from llminfer.layers import rms_norm, rope_table, rotate
+from llminfer.layers import activate, norm, qk_norm, rope_tables, rotate, softcap
 from llminfer.params import Layer, Params
 from llminfer.quant import matmul
 from llminfer.target import Target
@@ -22,10 +22,9 @@ from sharding.rules import partition
 def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, q_max: int) -> tuple[jax.Array, KVCache]:
     """Hidden states after the final norm, [T, D], and the cache with the batch's keys and values in it.
     q_max: static bound of batch.q_len (1: decode)."""
-    with jax.named_scope("embed"):
-        x = params.embed[jnp.clip(batch.tokens, 0, c.vocab_size - 1)].astype(target.dtype)
-    rope = rope_table(c, batch.positions)
-    layer = functools.partial(run_layer, batch=batch, rope=rope, c=c, target=target, q_max=q_max)
+    x = _embed(params, batch, c, target)
+    ropes = rope_tables(c, batch.positions, batch.reach)
+    layer = functools.partial(run_layer, batch=batch, ropes=ropes, c=c, target=target, q_max=q_max)
     groups: list[Any] = list(cache.groups)
     if params.stacked:
         x, groups = _run_stacked(params.stacked, x, groups, layer, c)
@@ -33,17 +32,28 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
     for number, weights in enumerate(params.listed, start=done):
         group = c.groups.index(c.window(number))
         place = c.group_layers(group).index(number)
+        kind = dict(group=group, rope=c.rope(number))
         if params.stacked:
-            x, groups[group] = layer(weights, x, groups[group], jnp.int32(place), group=group)
+            x, groups[group] = layer(weights, x, groups[group], jnp.int32(place), **kind)
         else:  # listed cache: one array a layer
-            x, own = layer(weights, x, groups[group][place], jnp.int32(0), group=group)
+            x, own = layer(weights, x, groups[group][place], jnp.int32(0), **kind)
             groups[group] = (*groups[group][:place], own, *groups[group][place + 1 :])
     with jax.named_scope("final_norm"):
-        return rms_norm(x, params.final_norm, c.norm_eps), KVCache(tuple(groups))
+        return norm(x, params.final_norm, params.final_norm_bias, c), KVCache(tuple(groups))
+
+
+def _embed(params: Params, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
+    with jax.named_scope("embed"):
+        x = params.embed[jnp.clip(batch.tokens, 0, c.vocab_size - 1)].astype(target.dtype)
+        if c.embed_scale != 1:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        if params.positions is not None:
+            x = x + params.positions[jnp.clip(batch.positions, 0, c.max_position - 1)].astype(target.dtype)
+        return x
 
 
 def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], layer: Any, c: ModelConfig):
-    """The repeats of the window pattern under one scan. The caches ride in the carry, whole: a kernel picks its layer."""
+    """The repeats of the layer pattern under one scan. The caches ride in the carry, whole: a kernel picks its layer."""
     period = len(stacked)
     windows = [c.groups.index(c.window(place)) for place in range(period)]
     share = [windows.count(group) for group in range(len(groups))]  # layers of each group in one pattern
@@ -54,7 +64,7 @@ def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], la
         for place in range(period):
             group = windows[place]
             index = repeat * share[group] + windows[:place].count(group)
-            x, own = layer(weights[place], x, caches[group], index, group=group)
+            x, own = layer(weights[place], x, caches[group], index, group=group, rope=c.rope(place))
             caches = (*caches[:group], own, *caches[group + 1 :])
         return (x, caches), None
 
@@ -63,25 +73,51 @@ def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], la
     return x, list(caches)
 
 
-@functools.partial(jax.jit, static_argnames=("c", "target", "q_max", "group"))
-def run_layer(w: Layer, x, kv, index, *, batch: Batch, rope, c: ModelConfig, target: Target, q_max: int, group: int):
-    """One decoder layer on x [T, D]; `index` is the layer's place in kv. An inner jit: equal layers trace once."""
-    tokens, heads, kv_heads, dim = x.shape[0], c.num_heads, c.num_kv_heads, c.head_dim
+@functools.partial(jax.jit, static_argnames=("c", "target", "q_max", "group", "rope"))
+def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, target: Target, q_max: int, group: int, rope: int):
+    """One decoder layer on x [T, D]; `index` is the layer's place in kv; rope: which of ropes, -1 for none. An inner jit:
+    equal layers trace once."""
+    add = lambda x, y: x + (y if c.residual_scale == 1 else y * jnp.asarray(c.residual_scale, y.dtype))
+    y = norm(x, w.attn_norm, w.attn_norm_bias, c) if c.pre_norm else x
     with jax.named_scope("attention"):
-        y = matmul(rms_norm(x, w.attn_norm, c.norm_eps), w.qkv, target.platform)
-        y = y.reshape(tokens, kv_heads, heads // kv_heads + 2, dim)
-        q, k, v = y[:, :, :-2].reshape(tokens, heads, dim), y[:, :, -2], y[:, :, -1]
-        attend = functools.partial(paged_attention, scale=dim**-0.5, q_max=q_max, impl=target.attention)
-        if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
-            attend = _by_heads(attend, target.mesh)
-        rows = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
-        y, kv = attend(rotate(q, rope), rotate(k, rope), v, kv, layer=index, window=jnp.int32(c.groups[group]), **rows)
-        x = x + matmul(y.reshape(tokens, heads * dim), w.o, target.platform)
+        turn = functools.partial(rotate, rope=ropes[rope] if rope >= 0 else None)
+        attended, kv = _attention(w, y, kv, index, turn, batch, c, target, q_max, group)
+    if c.parallel:
+        y = y if c.shared_norm or not c.pre_norm else norm(x, w.mlp_norm, w.mlp_norm_bias, c)
+    else:
+        x = add(x, norm(attended, w.attn_post_norm, None, c) if c.post_norm else attended)
+        y = norm(x, w.mlp_norm, w.mlp_norm_bias, c) if c.pre_norm else x
     with jax.named_scope("mlp"):
-        y = matmul(rms_norm(x, w.mlp_norm, c.norm_eps), w.gate_up, target.platform)
-        gate, up = jnp.split(y, 2, axis=-1)
-        x = x + matmul(jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype) * up, w.down, target.platform)
-    return x, kv
+        y = _linear(y, w.gate_up, w.gate_up_bias, target)
+        if c.gated:
+            gate, up = jnp.split(y, 2, axis=-1)
+            y = activate(gate, c) * up
+        else:
+            y = activate(y, c)
+        y = _linear(y, w.down, w.down_bias, target)
+    if c.parallel:
+        return add(x, attended + y), kv
+    return add(x, norm(y, w.mlp_post_norm, None, c) if c.post_norm else y), kv
+
+
+def _attention(w: Layer, x, kv, index, turn, batch: Batch, c: ModelConfig, target: Target, q_max: int, group: int):
+    """Attention of the normed x [T, D] with its projections; (y [T, D], kv)."""
+    tokens, heads, kv_heads, dim = x.shape[0], c.num_heads, c.num_kv_heads, c.head_dim
+    y = _linear(x, w.qkv, w.qkv_bias, target).reshape(tokens, kv_heads, heads // kv_heads + 2, dim)
+    q, k, v = y[:, :, :-2].reshape(tokens, heads, dim), y[:, :, -2], y[:, :, -1]
+    q, k = turn(qk_norm(q, w.q_norm, c)), turn(qk_norm(k, w.k_norm, c))
+    scale = dim**-0.5 if c.attn_scale is None else c.attn_scale
+    attend = functools.partial(paged_attention, scale=scale, softcap=c.attn_softcap, q_max=q_max, impl=target.attention)
+    if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
+        attend = _by_heads(attend, target.mesh)
+    rows = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
+    y, kv = attend(q, k, v, kv, layer=index, window=jnp.int32(c.groups[group]), **rows)
+    return _linear(y.reshape(tokens, heads * dim), w.o, w.o_bias, target), kv
+
+
+def _linear(x: jax.Array, w: Any, bias: jax.Array | None, target: Target) -> jax.Array:
+    y = matmul(x, w, target.platform)
+    return y if bias is None else y + bias
 
 
 def _by_heads(attend: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -103,4 +139,5 @@ def logits(params: Params, hidden: jax.Array, c: ModelConfig) -> jax.Array:
     head = params.embed if c.tie_embeddings else params.lm_head
     precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
     with jax.named_scope("head"):
-        return jax.lax.dot_general(hidden, head, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        y = jax.lax.dot_general(hidden, head, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        return softcap(y if c.logit_scale == 1 else y * c.logit_scale, c.logit_softcap)

@@ -12,7 +12,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 
-from llminfer.request import Sequence
+from llminfer.request import Request, Sequence
 
 
 class Group:
@@ -147,10 +147,15 @@ class Pages:
         if len(seq.hashes) < pages:
             tokens = array("i", seq.tokens)
             for i in range(len(seq.hashes), pages):
-                before = seq.hashes[-1] if seq.hashes else hashlib.blake2b(seq.request.params.cache_salt.encode()).digest()
+                before = seq.hashes[-1] if seq.hashes else self._start(seq.request)
                 content = tokens[i * self.page_size : (i + 1) * self.page_size].tobytes()
                 seq.hashes.append(hashlib.blake2b(before + content, digest_size=16).digest())
         return seq.hashes
+
+    @staticmethod
+    def _start(request: Request) -> bytes:
+        """What the chain of a request's digests starts with."""
+        return hashlib.blake2b(request.params.cache_salt.encode(), person=request.regime.encode()).digest()
 
     @property
     def free(self) -> int:

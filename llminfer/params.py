@@ -15,7 +15,7 @@ from llminfer.config import ModelConfig
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One weight. shape: sizes; axes: a logical name for each, for sharding; init: "normal" (std `std`) or "ones";
+    """One weight. shape: sizes; axes: a logical name for each, for sharding; init: "normal" (std `std`), "ones" or "zeros";
     matrix: [in, out], and what quantization applies to."""
 
     shape: tuple[int, ...]
@@ -27,56 +27,86 @@ class ParamSpec:
 
 @flax.struct.dataclass
 class Layer:
-    """Weights of one decoder layer. D hidden, K kv heads, G query heads a kv head, H head_dim, F intermediate.
+    """Weights of one decoder layer; those that a family does not have are None. D hidden, K kv heads, G query heads a kv
+    head, H head_dim, F intermediate, q = K * G * H.
 
     qkv [D, K * (G + 2) * H]: for each kv head its G query heads, then its key, then its value, so that one split over
     K shards all three. gate_up [D, 2 * F]: the gate, then the up projection. Matrices are kept 2-D: a TPU pads the
     last two axes to tiles, and a small axis there would waste memory."""
 
-    attn_norm: Any  # [D]
     qkv: Any  # [D, K * (G + 2) * H]
-    o: Any  # [K * G * H, D]
-    mlp_norm: Any  # [D]
-    gate_up: Any  # [D, 2 * F]
+    o: Any  # [q, D]
+    gate_up: Any  # [D, 2 * F], without a gate [D, F]
     down: Any  # [F, D]
+    attn_norm: Any = None  # [D]
+    mlp_norm: Any = None  # [D]
+    attn_post_norm: Any = None  # [D]
+    mlp_post_norm: Any = None  # [D]
+    q_norm: Any = None  # [H], or [q] for every head its own
+    k_norm: Any = None  # [H], or [K * H]
+    attn_norm_bias: Any = None  # [D]
+    mlp_norm_bias: Any = None  # [D]
+    qkv_bias: Any = None  # [K * (G + 2) * H]
+    o_bias: Any = None  # [D]
+    gate_up_bias: Any = None  # [2 * F] or [F]
+    down_bias: Any = None  # [D]
 
 
 @flax.struct.dataclass
 class Params:
-    """All weights. `stacked`: one Layer a position of the window pattern, each leaf [repeats, ...], run under a scan;
+    """All weights. `stacked`: one Layer a position of the layer pattern, each leaf [repeats, ...], run under a scan;
     `listed`: the layers after those (all of them in the listed layout). lm_head is None when tied to embed."""
 
     embed: Any  # [V, D]
     stacked: tuple[Layer, ...]
     listed: tuple[Layer, ...]
     final_norm: Any  # [D]
-    lm_head: Any  # [V, D] or None
+    lm_head: Any = None  # [V, D]
+    positions: Any = None  # [max_position, D], where positions are learned
+    final_norm_bias: Any = None  # [D]
 
 
 def layer_specs(c: ModelConfig) -> Layer:
     """The ParamSpecs of one layer."""
     d, k, g, h, f = c.hidden_size, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim, c.intermediate_size
-    deep = 0.02 / (2 * c.num_layers) ** 0.5
-    return Layer(
-        attn_norm=ParamSpec((d,), ("embed",), "ones"),
+    deep, up = 0.02 / (2 * c.num_layers) ** 0.5, f * (2 if c.gated else 1)
+    ones, zeros = (lambda n, axis, init=init: ParamSpec((n,), (axis,), init) for init in ("ones", "zeros"))
+    norm = ones if not c.norm_offset else zeros
+    specs = dict(
         qkv=ParamSpec((d, k * (g + 2) * h), ("embed", "kv_heads"), matrix=True),
         o=ParamSpec((k * g * h, d), ("kv_heads", "embed"), std=deep, matrix=True),
-        mlp_norm=ParamSpec((d,), ("embed",), "ones"),
-        gate_up=ParamSpec((d, 2 * f), ("embed", "mlp"), matrix=True),
+        gate_up=ParamSpec((d, up), ("embed", "mlp"), matrix=True),
         down=ParamSpec((f, d), ("mlp", "embed"), std=deep, matrix=True),
     )
+    before = ["attn_norm", *(() if c.shared_norm else ("mlp_norm",))] if c.pre_norm else []
+    for name in (*before, *(("attn_post_norm", "mlp_post_norm") if c.post_norm else ())):
+        specs[name] = norm(d, "embed")
+    if c.norm_bias:
+        specs |= {f"{name}_bias": zeros(d, "embed") for name in before}
+    if c.qk_norm:
+        alone = c.qk_norm == "head"
+        specs["q_norm"] = norm(h, "head") if alone else norm(k * g * h, "kv_heads")
+        specs["k_norm"] = norm(h, "head") if alone else norm(k * h, "kv_heads")
+    if c.qkv_bias:
+        specs["qkv_bias"] = zeros(k * (g + 2) * h, "kv_heads")
+    if c.o_bias:
+        specs["o_bias"] = zeros(d, "embed")
+    if c.mlp_bias:
+        specs |= {"gate_up_bias": zeros(up, "mlp"), "down_bias": zeros(d, "embed")}
+    return Layer(**specs)
 
 
 def param_specs(c: ModelConfig) -> Params:
     """The whole tree of ParamSpecs in the listed layout."""
-    vocab = ParamSpec((c.vocab_size, c.hidden_size), ("vocab", "embed"))
-    layer = layer_specs(c)
+    vocab, wide = ParamSpec((c.vocab_size, c.hidden_size), ("vocab", "embed")), (c.hidden_size,)
     return Params(
         embed=vocab,
         stacked=(),
-        listed=(layer,) * c.num_layers,
-        final_norm=ParamSpec((c.hidden_size,), ("embed",), "ones"),
+        listed=(layer_specs(c),) * c.num_layers,
+        final_norm=ParamSpec(wide, ("embed",), "zeros" if c.norm_offset else "ones"),
         lm_head=None if c.tie_embeddings else vocab,
+        positions=ParamSpec((c.max_position, c.hidden_size), ("positions", "embed")) if c.learned_positions else None,
+        final_norm_bias=ParamSpec(wide, ("embed",), "zeros") if c.norm_bias else None,
     )
 
 
@@ -85,10 +115,9 @@ def is_spec(x: Any) -> bool:
 
 
 def stack(params: Params, c: ModelConfig) -> Params:
-    """The stacked layout of a listed tree: layers of one place in the window pattern become one Layer of leaves
+    """The stacked layout of a listed tree: layers of one place in the layer pattern become one Layer of leaves
     [repeats, ...]; layers after the last whole pattern stay listed. Works on arrays, NumPy or jax."""
-    period = len(c.windows)
-    repeats = c.num_layers // period
+    period, repeats = c.period, c.num_layers // c.period
     whole = params.listed[: repeats * period]
     stacked = tuple(jax.tree.map(lambda *xs: jnp.stack(xs), *whole[place::period]) for place in range(period))
     return replace(params, stacked=stacked, listed=params.listed[repeats * period :])
@@ -97,8 +126,7 @@ def stack(params: Params, c: ModelConfig) -> Params:
 def stacked_specs(c: ModelConfig) -> Params:
     """The ParamSpecs of the stacked layout."""
     specs = param_specs(c)
-    period = len(c.windows)
-    repeats = c.num_layers // period
+    period, repeats = c.period, c.num_layers // c.period
     deep = jax.tree.map(
         lambda s: ParamSpec((repeats, *s.shape), ("layers", *s.axes), s.init, s.std, s.matrix), layer_specs(c), is_leaf=is_spec
     )
@@ -113,9 +141,10 @@ def abstract(specs: Params, dtype: Any) -> Params:
 def init(specs: Params, key: jax.Array, dtype: Any) -> Params:
     """Random weights; each depends only on `key` and its place in the tree. Run it under jit."""
     leaves, tree = jax.tree.flatten(specs, is_leaf=is_spec)
+    constant = {"ones": jnp.ones, "zeros": jnp.zeros}
     made = [
-        jnp.ones(s.shape, dtype)
-        if s.init == "ones"
+        constant[s.init](s.shape, dtype)
+        if s.init in constant
         else (jax.random.normal(jax.random.fold_in(key, i), s.shape, jnp.float32) * s.std).astype(dtype)
         for i, s in enumerate(leaves)
     ]

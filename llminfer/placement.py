@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from llminfer.errors import UserError, as_user_error
 from llminfer.pages import Pages
 from llminfer.quant import QTensor, quantize_int8
 from llminfer.target import Target, devices
+from llminfer.weights.assemble import layer_of, leaves_of, params_of
 from sharding.rules import check_divides, sharding
 
 
@@ -64,22 +67,46 @@ def zeros(shapes: Any) -> Any:
     )()
 
 
-def load_params(found: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
-    """Weights on their devices: `found` (host arrays, listed layout) cast, quantized and stacked as the target wants
-    them; None: random ones from settings.seed."""
+def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
+    """Weights on their devices: `found` (named host arrays, see weights.Checkpoint.leaves) cast, quantized and stacked as the
+    target wants them, one after the other; None: random ones from settings.seed."""
     specs, dtype = params.param_specs(c), jnp.dtype(target.dtype)
     places = jax.tree.map(lambda s: sharding(target.mesh, s.axes, first_device(target)), specs, is_leaf=params.is_spec)
-    if found is None:
-        key = jax.random.key(settings.seed % 2**63)
-        placed = jax.jit(lambda k: params.init(specs, k, dtype), out_shardings=places)(key)
-    else:
-        placed = jax.tree.map(lambda x, where: jax.device_put(x if x.dtype == dtype else x.astype(dtype), where), found, places)
+    if found is not None:
+        return _place_leaves(found, specs, c, settings, target)
+    key = jax.random.key(settings.seed % 2**63)
+    placed = jax.jit(lambda k: params.init(specs, k, dtype), out_shardings=places)(key)
     if settings.quantize == "int8":
         round_off = jax.jit(quantize_int8)
         placed = jax.tree.map(lambda s, x: round_off(x) if s.matrix else x, specs, placed, is_leaf=params.is_spec)
     if target.stacked:
         placed = params.stack(placed, c)
     wanted = abstract_params(c, settings, target)
+    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), placed, wanted)
+
+
+def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
+    wanted, dtype = abstract_params(c, settings, target), jnp.dtype(target.dtype)
+    spec_of = dict(leaves_of(specs))
+    round_off = jax.jit(quantize_int8)
+    write = jax.jit(lambda whole, x, i: jax.tree.map(lambda w, y: w.at[i].set(y), whole, x), donate_argnums=0)
+    stacked = tuple({name: zeros(leaf) for name, leaf in vars(layer).items() if leaf is not None} for layer in wanted.stacked)
+    under_scan = c.num_layers - len(wanted.listed)
+    listed: dict[str, Any] = {}
+    for name, array in found:
+        spec = spec_of[name]
+        x = jax.device_put(array if array.dtype == dtype else array.astype(dtype), sharding(target.mesh, spec.axes, first_device(target)))
+        if spec.matrix and settings.quantize == "int8":
+            x = round_off(x)
+        number, leaf = layer_of(name)
+        if number is not None and number < under_scan:
+            layer = stacked[number % c.period]
+            layer[leaf] = write(layer[leaf], x, jnp.int32(number // c.period))
+        else:
+            listed[name] = x
+        del array, x  # before the next one is read
+    placed = params_of(listed, c, first=under_scan)
+    placed = replace(placed, stacked=tuple(params.Layer(**fields) for fields in stacked))
     return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), placed, wanted)
 
 

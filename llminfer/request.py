@@ -169,7 +169,8 @@ class RequestOutput:
 @dataclass
 class Request:
     """A checked request, before any sampling index. limit: tokens it may generate, by max_tokens and the context;
-    end_ids: tokens that end it; arrived: when, in seconds of a monotonic clock."""
+    end_ids: tokens that end it; arrived: when, in seconds of a monotonic clock; regime: what else than its tokens its keys
+    depend on (rotary frequencies by length): cached pages are shared within one regime only."""
 
     prompt: list[int]
     params: SamplingParams
@@ -177,6 +178,7 @@ class Request:
     limit: int
     end_ids: frozenset[int]
     arrived: float
+    regime: str = ""
 
 
 @dataclass(eq=False)

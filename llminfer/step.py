@@ -49,6 +49,7 @@ def decode_loop(params: Params, cache: KVCache, last: jax.Array, batch: Batch, l
             batch,
             tokens=tokens,
             positions=jnp.maximum(length - 1, 0),
+            reach=jnp.maximum(batch.reach, length),
             q_len=live.astype(jnp.int32),
             kv_len=length,
         )

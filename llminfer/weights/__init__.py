@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llminfer.config import ModelConfig, from_hf, from_toml
+from llminfer.config import ModelConfig, from_toml
 from llminfer.errors import UserError, refuse
 from llminfer.progress import Progress
-from llminfer.weights import assemble, gguf, safetensors, store
+from llminfer.weights import assemble, gguf, hf_names, safetensors, store
 from llminfer.weights.demo import demo_path
+from llminfer.weights.hf_config import from_hf
 
 if TYPE_CHECKING:
     from llminfer.params import Params
@@ -36,20 +38,21 @@ class Checkpoint:
     prepared_key: dict[str, Any] | None = None
     tensors: assemble.Source | None = None
 
-    def load(self, progress: Progress | None = None) -> Params:
-        """The weights as NumPy arrays in the listed layout, perhaps read-only. float32 from GGUF; from safetensors
-        bfloat16 where the file is bfloat16, else float32. Raises UserError; a random model has no weights to load."""
+    def leaves(self, progress: Progress | None = None) -> Iterable[assemble.Leaf]:
+        """The weights as named NumPy arrays (assemble.leaf_shapes), perhaps read-only: mapped where they were prepared before,
+        else read one by one, so that never more than a few are in memory. float32 from GGUF; from safetensors bfloat16 where
+        the file is no wider, else float32. Raises UserError; a random model has no weights."""
         if self.tensors is None:
             raise UserError(f"{self.source}: has no stored weights, only a config")
+        tensors = self.tensors
         if self.prepared_root is None or self.prepared_key is None:
-            return assemble.assemble(self.tensors, self.config, self.source, progress)
-        tensors, shapes = self.tensors, assemble.flat_shapes(self.config)
+            return assemble.read_leaves(tensors, self.config, progress)
+        build = lambda: dict(assemble.read_leaves(tensors, self.config, progress))
+        return store.prepared(self.prepared_key, assemble.leaf_shapes(self.config), build, self.prepared_root).items()
 
-        def build() -> store.Flat:
-            return assemble.read_flat(tensors, self.config, self.source, progress)
-
-        flat = store.prepared(self.prepared_key, shapes, build, self.prepared_root)
-        return assemble.params_from_flat(flat, self.config)
+    def load(self, progress: Progress | None = None) -> Params:
+        """All of `leaves` as a tree in the listed layout."""
+        return assemble.params_of(dict(self.leaves(progress)), self.config)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer (llminfer.tokenizer), or None when the model has none."""
@@ -94,7 +97,7 @@ def _open_gguf(path: Path, cache_dir: str | None) -> Checkpoint:
     file = gguf.GgufFile(path)
     config = gguf.read_config(file)
     source = gguf.GgufSource(file, config)
-    assemble.check(source.shapes(), config, str(path))
+    assemble.check(source, config, str(path))
     root = store.cache_root(cache_dir) / "prepared"
     return Checkpoint(config, str(path), metadata=file.metadata, prepared_root=root, prepared_key=store.file_key(path), tensors=source)
 
@@ -102,13 +105,13 @@ def _open_gguf(path: Path, cache_dir: str | None) -> Checkpoint:
 def _open_directory(path: Path) -> Checkpoint:
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: has no config.json; {LEGAL}")
-    config = _read_config(path)
-    source = safetensors.SafetensorsSource(path)
-    assemble.check(source.shapes(), config, str(path))
+    config, architecture = _read_config(path)
+    source = hf_names.HfSource(safetensors.SafetensorsSource(path), architecture, config)
+    assemble.check(source, config, str(path))
     return Checkpoint(config, str(path), directory=path, tensors=source)
 
 
-def _read_config(path: Path) -> ModelConfig:
+def _read_config(path: Path) -> tuple[ModelConfig, str]:
     data = _read_json(path / "config.json")
     if data.get("quantization_config"):
         raise UserError(
@@ -120,7 +123,7 @@ def _read_config(path: Path) -> ModelConfig:
         eos = _read_json(generation).get("eos_token_id")
         data = data if eos is None else {**data, "eos_token_id": eos}
     try:
-        return from_hf(data, path.resolve().name)
+        return from_hf(data, path.resolve().name), data["architectures"][0]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -1,15 +1,17 @@
-"""From the tensors of a Llama-family checkpoint to our parameter tree, and back. Imports jax only where the tree is made.
+"""From the parts of a checkpoint to the leaves of our parameter tree, and back. Imports jax only where the tree is made.
 
-Source tensors carry Hugging Face names and shapes; kernels there are [out, in], ours are [in, out] and fused (see
-llminfer/params.py). A flat tree is a dict from a dotted name ("embed", "layers.3.qkv") to a NumPy array.
+A *part* is one weight of one layer in one naming for all families and formats (`part_shapes`): "embed", "layers.3.q",
+"layers.3.q_bias", ...; matrices are [out, in] with rotary pairs in half-split order. A *leaf* is a field of Params or Layer (see
+llminfer/params.py): "embed", "layers.3.qkv", ...; matrices are [in, out], and some parts are fused.
 """
 
 from __future__ import annotations
 
+import collections
+import math
 import os
-import re
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
@@ -23,144 +25,211 @@ if TYPE_CHECKING:
     from llminfer.params import Params
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-LEAVES = ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down")
-# Old checkpoints carry the rotary frequencies, which the config determines.
-IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+# What bfloat16 holds exactly.
+NARROW = {BFLOAT16, np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)}
+Leaf = tuple[str, np.ndarray]
+# Leaf -> the parts that are joined in it; any other leaf is the part of its name.
+FUSED = {
+    **{"qkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias")},
+    **{"gate_up": ("gate", "up"), "gate_up_bias": ("gate_bias", "up_bias")},
+}
+MATRICES = ("qkv", "o", "gate_up", "down")
 SHOWN_DIFFERENCES = 10
 # A transposed copy in square tiles touches each cache line once; whole rows would touch it once an element.
 TILE = 128
+AHEAD_BYTES = 1 << 28  # of leaves that are read while one is being placed: what loading may hold beside the device
 
 
 class Source(Protocol):
-    """Where tensors come from. Names and shapes are those of Hugging Face LlamaForCausalLM."""
+    """Where parts come from: a checkpoint of any family and format."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name -> shape of all tensors, from headers alone."""
+        """Part -> shape, from headers alone; a tensor that is no part of the model is listed under its stored name."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, float32, float16 or bfloat16; it may be a read-only view. Called from several threads."""
+    def read(self, part: str) -> np.ndarray:
+        """One part, float32, float16, bfloat16 or float8; it may be a read-only view. Called from several threads."""
+        ...
+
+    def stored(self, part: str) -> str:
+        """The name of the tensor that holds the part, for messages; also of a part that is missing."""
         ...
 
 
-def hf_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors that a checkpoint of this model has."""
-    d, f, q, kv = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    layer = {
-        "input_layernorm": (d,),
-        "self_attn.q_proj": (q, d),
-        "self_attn.k_proj": (kv, d),
-        "self_attn.v_proj": (kv, d),
-        "self_attn.o_proj": (d, q),
-        "post_attention_layernorm": (d,),
-        "mlp.gate_proj": (f, d),
-        "mlp.up_proj": (f, d),
-        "mlp.down_proj": (d, f),
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBED: (c.vocab_size, d)}
+def part_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Part -> shape of everything that a model of this config has."""
+    d, f, h, heads, kv_heads = c.hidden_size, c.intermediate_size, c.head_dim, c.num_heads, c.num_kv_heads
+    q, kv = heads * h, kv_heads * h
+    layer: dict[str, tuple[int, ...]] = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
+    layer |= {"up": (f, d), "down": (d, f)} | ({"gate": (f, d)} if c.gated else {})
+    before = ("attn_norm", *(() if c.shared_norm else ("mlp_norm",))) if c.pre_norm else ()
+    layer |= dict.fromkeys((*before, *(("attn_post_norm", "mlp_post_norm") if c.post_norm else ())), (d,))
+    if c.norm_bias:
+        layer |= {f"{name}_bias": (d,) for name in before}
+    if c.qk_norm:
+        norms = {"head": ((h,), (h,)), "heads": ((heads, h), (kv_heads, h)), "full": ((q,), (kv,))}
+        layer |= dict(zip(("q_norm", "k_norm"), norms[c.qk_norm], strict=True))
+    biased = [*("qkv" if c.qkv_bias else ""), *("o" if c.o_bias else "")]
+    biased += ([*(("gate",) if c.gated else ()), "up", "down"]) if c.mlp_bias else []
+    layer |= {f"{name}_bias": layer[name][:1] for name in biased}
+    shapes: dict[str, tuple[int, ...]] = {"embed": (c.vocab_size, d)}
+    if c.learned_positions:
+        shapes["positions"] = (c.max_position, d)
     for i in range(c.num_layers):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    shapes[NORM] = (d,)
-    return shapes if c.tie_embeddings else shapes | {HEAD: (c.vocab_size, d)}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    shapes |= {"final_norm": (d,)} | ({"final_norm_bias": (d,)} if c.norm_bias else {})
+    return shapes if c.tie_embeddings else shapes | {"lm_head": (c.vocab_size, d)}
 
 
-def flat_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the leaves of our flat tree (the shapes of llminfer.params, without importing jax)."""
-    d, f, k, g, h = c.hidden_size, c.intermediate_size, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
-    layer = dict(zip(LEAVES, ((d,), (d, k * (g + 2) * h), (k * g * h, d), (d,), (d, 2 * f), (f, d)), strict=True))
-    shapes: dict[str, tuple[int, ...]] = {"embed": (c.vocab_size, d), "final_norm": (d,)}
-    if not c.tie_embeddings:
-        shapes["lm_head"] = (c.vocab_size, d)
-    return shapes | {f"layers.{i}.{leaf}": shape for i in range(c.num_layers) for leaf, shape in layer.items()}
+def leaf_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Leaf -> shape of the whole tree, listed layout, in the order in which leaves are read."""
+    from llminfer.params import param_specs
+
+    return {name: spec.shape for name, spec in leaves_of(param_specs(c))}
 
 
-def check(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
-    """Compares a checkpoint's tensors with what the config requires. `where` names the checkpoint in the message.
+def leaves_of(params: Params) -> Iterator[tuple[str, Any]]:
+    """(name, leaf) of a tree in either layout, named as in the listed one; a leaf may be anything. Leaves of stacked layers
+    must be arrays: they come layer by layer."""
+    top = ("embed", "positions", "final_norm", "final_norm_bias", "lm_head")
+    yield from ((name, leaf) for name in top if (leaf := getattr(params, name)) is not None)
+    number = 0
+    for repeat in range(len(params.stacked[0].o) if params.stacked else 0):
+        for layer in params.stacked:
+            yield from ((f"layers.{number}.{name}", leaf[repeat]) for name, leaf in vars(layer).items() if leaf is not None)
+            number += 1
+    for i, layer in enumerate(params.listed, start=number):
+        yield from ((f"layers.{i}.{name}", leaf) for name, leaf in vars(layer).items() if leaf is not None)
+
+
+def layer_of(name: str) -> tuple[int | None, str]:
+    """("layers.3.qkv") -> (3, "qkv"); (None, name) for a leaf outside the layers."""
+    parts = name.split(".")
+    return (int(parts[1]), parts[2]) if len(parts) == 3 else (None, name)
+
+
+def params_of(leaves: Mapping[str, Any], c: ModelConfig, first: int = 0) -> Params:
+    """The tree of named leaves, listed layout, of the layers from `first` on. Arrays are not copied."""
+    from llminfer.params import Layer, Params
+
+    layers: list[dict[str, Any]] = [{} for _ in range(c.num_layers - first)]
+    top = {}
+    for name, leaf in leaves.items():
+        number, field = layer_of(name)
+        if number is None:
+            top[name] = leaf
+        else:
+            layers[number - first][field] = leaf
+    return Params(**top, stacked=(), listed=tuple(Layer(**fields) for fields in layers))
+
+
+def check(source: Source, config: ModelConfig, where: str) -> None:
+    """Compares what a checkpoint has with what the config requires. `where` names the checkpoint in the message.
 
     Raises one UserError with the first ten differences: missing, of another shape, or not expected."""
-    expected = hf_shapes(config)
+    expected, found = part_shapes(config), source.shapes()
     differences = []
-    for name, shape in expected.items():
-        if name not in shapes:
-            differences.append(f"{name} {list(shape)} is missing")
-        elif tuple(shapes[name]) != shape:
-            differences.append(f"{name} is {list(shapes[name])}, expected {list(shape)}")
-    ignored = {HEAD} if config.tie_embeddings else set()
-    for name in sorted(shapes.keys() - expected.keys() - ignored):
-        if not IGNORED.fullmatch(name):
-            differences.append(f"{name[:80]!r} {list(shapes[name])} is not expected")
+    for part, shape in expected.items():
+        if part not in found:
+            differences.append(f"{source.stored(part)} {list(shape)} ({part}) is missing")
+        elif tuple(found[part]) != shape:
+            differences.append(f"{source.stored(part)} ({part}) is {list(found[part])}, expected {list(shape)}")
+    ignored = {"lm_head"} if config.tie_embeddings else set()
+    for name in sorted(found.keys() - expected.keys() - ignored):
+        differences.append(f"{name[:80]!r} {list(found[name])} is not expected")
     if differences:
         more = len(differences) - SHOWN_DIFFERENCES
         text = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
         raise UserError(f"{where}: tensors do not fit the config: {text}".replace("\n", " "))
 
 
-def assemble(source: Source, config: ModelConfig, where: str, progress: Progress | None = None) -> Params:
-    """Reads and fuses all tensors into the listed layout; leaves are bfloat16 where the source is, else float32.
-
-    `where` names the checkpoint in messages. Raises UserError before any tensor is read if one is missing or misshapen."""
-    return params_from_flat(read_flat(source, config, where, progress), config)
-
-
-def read_flat(source: Source, config: ModelConfig, where: str, progress: Progress | None = None) -> dict[str, np.ndarray]:
-    """As `assemble`, but returns the flat tree."""
-    check(source.shapes(), config, where)
-    names = ["embed", "final_norm", *(() if config.tie_embeddings else ("lm_head",))]
-    parts: list[str | int] = [*names, *range(config.num_layers)]
-    flat: dict[str, np.ndarray] = {}
-    task = start(progress, "Reading weights", len(parts))
-    # NumPy releases the GIL in these copies; more threads than this only contend for memory.
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for leaves in pool.map(lambda part: _read_part(source, config, part), parts):
-            flat |= leaves
+def read_leaves(source: Source, config: ModelConfig, progress: Progress | None = None) -> Iterator[Leaf]:
+    """The leaves of a checked source, one by one, a few read ahead: bfloat16 where the source is no wider, else float32."""
+    shapes = leaf_shapes(config)
+    sizes = collections.deque((name, math.prod(shape) * 4) for name, shape in shapes.items())
+    task = start(progress, "Reading weights", len(shapes))
+    waiting: collections.deque[tuple[str, int, Future[np.ndarray]]] = collections.deque()
+    ahead = 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy releases the GIL in these copies
+        while sizes or waiting:
+            while sizes and (not waiting or ahead + sizes[0][1] <= AHEAD_BYTES):
+                name, size = sizes.popleft()
+                waiting.append((name, size, pool.submit(_read_leaf, source, config, name)))
+                ahead += size
+            name, size, future = waiting.popleft()
+            ahead -= size
+            yield name, future.result()
+            del future  # the leaf is the caller's alone
             task.advance(1)
     task.done()
-    return flat
 
 
-def _read_part(source: Source, config: ModelConfig, part: str | int) -> dict[str, np.ndarray]:
-    if isinstance(part, str):
-        name = {"embed": EMBED, "final_norm": NORM, "lm_head": HEAD}[part]
-        (array,), dtype = _common([source.read(name)])
-        return {part: np.ascontiguousarray(array).view(dtype)}
-    return {f"layers.{part}.{leaf}": array for leaf, array in _read_layer(source, config, part).items()}
+def _read_leaf(source: Source, c: ModelConfig, name: str) -> np.ndarray:
+    prefix, _, leaf = name.rpartition(".")
+    prefix += "." if prefix else ""
+    parts = FUSED.get(leaf, (leaf,))
+    if leaf.startswith("gate_up") and not c.gated:
+        parts = parts[1:]
+    arrays, dtype = _common([source.read(prefix + part) for part in parts])
+    return join(arrays, leaf, c).view(dtype)
 
 
-def _read_layer(source: Source, c: ModelConfig, i: int) -> dict[str, np.ndarray]:
-    def read(*names: str) -> tuple[list[np.ndarray], np.dtype]:
-        return _common([source.read(f"model.layers.{i}.{name}.weight") for name in names])
-
-    d, f, k, g, h = c.hidden_size, c.intermediate_size, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
-    leaves = {}
-    for leaf, name in (("attn_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
-        (array,), dtype = read(name)
-        leaves[leaf] = array.copy().view(dtype)
-    (q, key, value), dtype = read("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    qkv = np.empty((d, k, (g + 2) * h), q.dtype)
+def join(parts: list[np.ndarray], leaf: str, c: ModelConfig) -> np.ndarray:
+    """One leaf of its parts: see FUSED. Never a view of a part, unless it is the very part."""
+    k, g, h = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
+    if leaf in ("q_norm", "k_norm"):
+        return np.ascontiguousarray(parts[0]).reshape(-1)
+    if leaf not in MATRICES:
+        if leaf.startswith("qkv"):
+            return np.concatenate([x.reshape(k, -1, h) for x in parts], axis=1).reshape(-1)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    inside = parts[0].shape[1]
+    if leaf != "qkv":
+        out = np.empty((inside, len(parts), parts[0].shape[0]), parts[0].dtype)
+        for i, part in enumerate(parts):
+            _transpose(part, out[:, i])
+        return out.reshape(inside, -1)
+    out = np.empty((inside, k, (g + 2) * h), parts[0].dtype)
     for j in range(k):
-        _transpose(q[j * g * h : (j + 1) * g * h], qkv[:, j, : g * h])
-        _transpose(key[j * h : (j + 1) * h], qkv[:, j, g * h : (g + 1) * h])
-        _transpose(value[j * h : (j + 1) * h], qkv[:, j, (g + 1) * h :])
-    leaves["qkv"] = qkv.view(dtype).reshape(d, k * (g + 2) * h)
-    (gate, up), dtype = read("mlp.gate_proj", "mlp.up_proj")
-    gate_up = np.empty((d, 2, f), gate.dtype)
-    _transpose(gate, gate_up[:, 0])
-    _transpose(up, gate_up[:, 1])
-    leaves["gate_up"] = gate_up.view(dtype).reshape(d, 2 * f)
-    for leaf, name in (("o", "self_attn.o_proj"), ("down", "mlp.down_proj")):
-        (array,), dtype = read(name)
-        out = np.empty(array.shape[::-1], array.dtype)
-        _transpose(array, out)
-        leaves[leaf] = out.view(dtype)
-    return leaves
+        at = 0
+        for part, heads in zip(parts, (g, 1, 1), strict=True):
+            rows = heads * h
+            _transpose(part[j * rows : (j + 1) * rows], out[:, j, at : at + rows])
+            at += rows
+    return out.reshape(inside, -1)
+
+
+def split(leaf: str, array: np.ndarray, c: ModelConfig) -> dict[str, np.ndarray]:
+    """Part -> array of one leaf, without the layer's prefix: the inverse of `join`."""
+    k, g, h = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
+    names = FUSED.get(leaf, (leaf,))
+    if leaf in ("q_norm", "k_norm"):
+        return {leaf: array.reshape(-1, h) if c.qk_norm == "heads" else array}
+    rows = array.T if leaf in MATRICES else array  # [out, ...]
+    if leaf.startswith("qkv"):
+        by_head = rows.reshape(k, g + 2, h, *rows.shape[1:])
+        pieces = [by_head[:, :-2], by_head[:, -2], by_head[:, -1]]
+        parts = [np.ascontiguousarray(x).reshape(-1, *rows.shape[1:]) for x in pieces]
+    elif leaf.startswith("gate_up") and not c.gated:
+        names, parts = names[1:], [rows]
+    else:
+        parts = np.split(rows, len(names))
+    return {name: np.ascontiguousarray(part) for name, part in zip(names, parts, strict=True)}
+
+
+def parts_of(leaves: Iterable[Leaf], c: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """(part, array) of named leaves, one leaf after the other."""
+    for name, array in leaves:
+        prefix, _, leaf = name.rpartition(".")
+        prefix += "." if prefix else ""
+        yield from ((prefix + part, piece) for part, piece in split(leaf, np.asarray(array), c).items())
 
 
 def _common(arrays: list[np.ndarray]) -> tuple[list[np.ndarray], np.dtype]:
-    """(arrays to copy from, dtype to view the result as): bfloat16 when all are, as 2-byte integers, which NumPy copies
+    """(arrays to copy from, dtype to view the result as): bfloat16 where that holds all, as 2-byte integers, which NumPy copies
     fast; else float32."""
-    if all(array.dtype == BFLOAT16 for array in arrays):
-        return [array.view(np.uint16) for array in arrays], BFLOAT16
+    if all(array.dtype in NARROW for array in arrays):
+        return [array.astype(BFLOAT16, copy=False).view(np.uint16) for array in arrays], BFLOAT16
     return [array.astype(np.float32, copy=False) for array in arrays], np.dtype(np.float32)
 
 
@@ -169,45 +238,3 @@ def _transpose(x: np.ndarray, out: np.ndarray) -> None:
     for i in range(0, x.shape[0], TILE):
         for j in range(0, x.shape[1], TILE):
             out[j : j + TILE, i : i + TILE] = x[i : i + TILE, j : j + TILE].T
-
-
-def params_from_flat(flat: Mapping[str, Any], config: ModelConfig) -> Params:
-    """The tree of a flat tree that has the leaves of `flat_shapes(config)`, listed layout. Arrays are not copied."""
-    from llminfer.params import Layer, Params
-
-    layers = [Layer(**{leaf: flat[f"layers.{i}.{leaf}"] for leaf in LEAVES}) for i in range(config.num_layers)]
-    return Params(embed=flat["embed"], stacked=(), listed=tuple(layers), final_norm=flat["final_norm"], lm_head=flat.get("lm_head"))
-
-
-def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The Hugging Face tensors of a tree, stacked or listed: the inverse of `assemble`. Leaves must be plain arrays."""
-    d, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    tensors = {EMBED: np.asarray(params.embed), NORM: np.asarray(params.final_norm)}
-    if params.lm_head is not None:
-        tensors[HEAD] = np.asarray(params.lm_head)
-    for i, leaves in enumerate(_layers(params)):
-        qkv = leaves["qkv"].reshape(d, config.num_kv_heads, -1, config.head_dim)
-        gate_up = leaves["gate_up"].reshape(d, 2, -1)
-        named = {
-            "input_layernorm": leaves["attn_norm"],
-            "self_attn.q_proj": qkv[:, :, :-2].reshape(d, q).T,
-            "self_attn.k_proj": qkv[:, :, -2].reshape(d, kv).T,
-            "self_attn.v_proj": qkv[:, :, -1].reshape(d, kv).T,
-            "self_attn.o_proj": leaves["o"].T,
-            "post_attention_layernorm": leaves["mlp_norm"],
-            "mlp.gate_proj": gate_up[:, 0].T,
-            "mlp.up_proj": gate_up[:, 1].T,
-            "mlp.down_proj": leaves["down"].T,
-        }
-        tensors |= {f"model.layers.{i}.{name}.weight": np.ascontiguousarray(array) for name, array in named.items()}
-    return tensors
-
-
-def _layers(params: Params) -> Iterable[dict[str, np.ndarray]]:
-    """The leaves of each layer, in order: repeats of the stacked pattern, then the listed ones."""
-    repeats = len(np.asarray(params.stacked[0].attn_norm)) if params.stacked else 0
-    for repeat in range(repeats):
-        for layer in params.stacked:
-            yield {leaf: np.asarray(getattr(layer, leaf)[repeat]) for leaf in LEAVES}
-    for layer in params.listed:
-        yield {leaf: np.asarray(getattr(layer, leaf)) for leaf in LEAVES}

@@ -7,7 +7,6 @@ offsets), then the tensors' bytes without holes. Everything is checked against t
 from __future__ import annotations
 
 import json
-import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,24 @@ import numpy as np
 
 from llminfer.errors import UserError
 
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+FLOATS = {
+    **{"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)},
+    **{"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)},
+}
+# Masks and counters that lie beside the weights.
+OTHERS = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F64": "<f8",
+}
+DTYPES = FLOATS | {label: np.dtype(code) for label, code in OTHERS.items()}
 MAX_JSON = 100_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -38,7 +54,6 @@ class SafetensorsFile:
                 if length > min(MAX_JSON, size - 8):
                     raise self._bad(f"damaged or truncated: the header claims {length} bytes, the file has {size}; at most {MAX_JSON}")
                 header = parse_object(file.read(length), path)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise self._bad(f"cannot be read ({error.strerror})") from None
         header.pop("__metadata__", None)
@@ -67,14 +82,28 @@ class SafetensorsFile:
             raise self._bad(f"damaged: tensor {_shown(name)}: {label} {_shown(shape)} does not fill data_offsets {_shown(offsets)}")
         return dtype, tuple(shape), start + begin
 
+    def require_float(self, name: str) -> None:
+        """Raises UserError unless the tensor is of one of the dtypes of weights."""
+        dtype = self.tensors[name][0]
+        if dtype not in FLOATS.values():
+            raise self._bad(f"tensor {_shown(name)} has dtype {dtype}, which is not supported for weights; legal: {', '.join(FLOATS)}")
+
     def read(self, name: str) -> np.ndarray:
-        """A read-only view of the mapped file, in the stored dtype."""
+        """A tensor in its stored dtype. Read and not mapped: mapped pages would count as this process's memory. Raises
+        UserError when the file has changed."""
         dtype, shape, offset = self.tensors[name]
-        return np.frombuffer(self._map, dtype, _elements(shape), offset).reshape(shape)
+        size = _elements(shape) * dtype.itemsize
+        try:
+            data = np.fromfile(self.path, np.uint8, size, offset=offset)
+        except OSError as error:
+            raise self._bad(f"cannot be read ({error.strerror})") from None
+        if data.size != size:
+            raise self._bad(f"has become shorter while it was read: tensor {_shown(name)} ends at byte {offset + size}")
+        return data.view(dtype).reshape(shape)
 
 
 class SafetensorsSource:
-    """The tensors of a checkpoint directory: see assemble.Source. Opens every shard's header, no data.
+    """The tensors of a checkpoint directory: see hf_names.Tensors. Opens every shard's header, no data.
 
     Raises UserError for a missing, damaged or truncated file and for an index that leaves the directory."""
 
@@ -107,8 +136,11 @@ class SafetensorsSource:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: file.tensors[name][1] for name, file in self._files.items()}
 
+    def require_float(self, name: str) -> None:
+        self._files[name].require_float(name)
+
     def read(self, name: str) -> np.ndarray:
-        """Tensor `name` as stored (float32, float16 or bfloat16), a read-only view of the mapped file."""
+        """Tensor `name` as stored; see SafetensorsFile.read."""
         return self._files[name].read(name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import time
@@ -10,17 +11,23 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_writer import random_hf, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from test_assemble import random_stored
 
+from llminfer.config import ModelConfig, Rope
 from llminfer.errors import UserError
 from llminfer.weights import open_model
-from llminfer.weights.assemble import to_hf
+from llminfer.weights.assemble import leaves_of, parts_of
+from llminfer.weights.hf_names import stored_from
 from llminfer.weights.safetensors import SafetensorsFile, SafetensorsSource
 
-CONFIG = tiny()
+CONFIG = ModelConfig(
+    name="tiny",
+    **dict(vocab_size=64, hidden_size=32, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, max_position=128),
+    **dict(ropes=(Rope(10000.0),), norm_eps=0.5, bos_id=1, eos_ids=(2,)),
+)
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -28,6 +35,14 @@ HF_CONFIG = {
     **{"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False},
 }
 INDEX = "model.safetensors.index.json"
+
+
+def random_hf(c: ModelConfig) -> dict[str, np.ndarray]:
+    return random_stored("LlamaForCausalLM", c)
+
+
+def to_hf(params, c: ModelConfig) -> dict[str, np.ndarray]:
+    return dict(stored_from(parts_of(leaves_of(params), c), "LlamaForCausalLM", c))
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, np.ndarray], shards: int = 1, **config) -> None:
@@ -48,7 +63,7 @@ def test_a_checkpoint_loads_as_it_was(tmp_path, dtype, shards):
     hf = {name: array.astype(dtype) for name, array in random_hf(CONFIG).items()}
     write_checkpoint(tmp_path, hf, shards)
     checkpoint = open_model(str(tmp_path))
-    assert checkpoint.config == tiny(name=tmp_path.name, bos_id=1, eos_ids=(2,))
+    assert checkpoint.config == dataclasses.replace(CONFIG, name=tmp_path.name)
     assert checkpoint.directory == tmp_path and checkpoint.metadata is None
     params = checkpoint.load()
     assert params.embed.dtype == (np.float32 if dtype == np.float16 else dtype)
@@ -137,7 +152,8 @@ DAMAGED = {
     "not UTF-8": (header(b"\xff" * 30), "its JSON cannot be parsed"),
     "list": (header([1, 2, 3]), "must be an object"),
     "entry": (header({"a": 5}), "is not an object"),
-    "dtype": (header({"a": entry("F8_E4M3", (64,))}), "dtype 'F8_E4M3', which is not supported; legal: F32, F16, BF16"),
+    "dtype": (header({"a": entry("F6_E2M3", (64,))}), "dtype 'F6_E2M3', which is not supported; legal: F32, F16, BF16, F8_E4M3"),
+    "integers": (header({"model.norm.weight": entry("I32")}), "has dtype int32, which is not supported for weights; legal: F32"),
     "dtype type": (header({"a": entry(7)}), "is not an object with a dtype"),
     "shape": (header({"a": {"dtype": "F32", "shape": "16", "data_offsets": [0, 64]}}), "has shape '16'"),
     "negative": (header({"a": entry("F32", (-16,))}), "has shape [-16]"),
@@ -185,7 +201,7 @@ def test_flipped_bytes_and_cuts_are_refused_or_read(tmp_path, flips, cut):
         (json.dumps(HF_CONFIG | {"quantization_config": {"quant_method": "fp8"}}).encode(), "quantization_config"),
         (json.dumps(HF_CONFIG | {"rms_norm_eps": "x"}).encode(), "norm_eps"),
         (json.dumps(HF_CONFIG | {"rope_theta": []}).encode(), "wrong type"),
-        (json.dumps(HF_CONFIG | {"num_hidden_layers": 3}).encode(), "model.layers.2.input_layernorm.weight [32] is missing"),
+        (json.dumps(HF_CONFIG | {"num_hidden_layers": 3}).encode(), "model.layers.2.self_attn.q_proj.weight [32, 32] (layers.2.q) is missing"),
         (json.dumps(HF_CONFIG | {"hidden_size": 10**12}).encode(), "hidden_size=1000000000000"),
     ],
 )
@@ -202,10 +218,15 @@ def test_a_directory_without_a_checkpoint(tmp_path):
     refused(tmp_path, "has neither model.safetensors nor model.safetensors.index.json; there is: config.json, pytorch_model.bin")
 
 
-@pytest.mark.parametrize("data", [np.float32, ml_dtypes.bfloat16])
-def test_reads_are_views_of_the_file(tmp_path, data):
-    save_file({"a": np.arange(6, dtype=data).reshape(2, 3)}, tmp_path / "model.safetensors")
+@pytest.mark.parametrize("data", [np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_a_read_gives_the_stored_values(tmp_path, data):
+    save_file({"a": np.arange(6, dtype=data).reshape(2, 3), "b": np.arange(8)}, tmp_path / "model.safetensors")
     source = SafetensorsSource(tmp_path)
     array = source.read("a")
-    assert source.shapes() == {"a": (2, 3)} and not array.flags.writeable and not array.flags.owndata
+    assert source.shapes() == {"a": (2, 3), "b": (8,)} and array.dtype == data
     np.testing.assert_array_equal(array, np.arange(6, dtype=data).reshape(2, 3))
+    with pytest.raises(UserError, match="dtype int64"):
+        source.require_float("b")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="has become shorter while it was read"):
+        source.read("a")
