@@ -1,11 +1,10 @@
 """Text to token ids and back, and a model's chat template. Imports neither jax nor a model.
 
-The segmentation itself is done by the `tokenizers` package, either from a Hugging Face `tokenizer.json` or built from
-the arrays of a GGUF file. Decoding is done here, from the bytes of each token, because a stream must never show half
-a character and must never take back what it has shown.
+The segmentation itself is done by the `tokenizers` package, from the `tokenizer.json` or the `tokenizer.model` of a
+Hugging Face directory; tokenizer_gguf builds it from a GGUF file's metadata. Decoding is done here, from the bytes of
+each token, because a stream must never show half a character and must never take back what it has shown.
 
-Sources: the GGUF specification (tokenizer.ggml.* keys), llama.cpp's names of pre-tokenizers, the Hugging Face
-model directory."""
+Source: the layout of Hugging Face model directories."""
 
 from __future__ import annotations
 
@@ -13,30 +12,18 @@ import codecs
 import json
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from llminfer.chat_template import check_messages, one_line, render
 from llminfer.errors import UserError, refuse
+from llminfer.tokenizer_spm import CONTROL, UNUSED, USER_DEFINED, backend, read_model
 
 MAX_TOKENS = 1 << 21  # entries of a vocabulary, as for ModelConfig.vocab_size
-
-# GGUF token types (tokenizer.ggml.token_type) that are matched in a text as they are written; the others are ordinary.
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# tokenizer.ggml.pre -> patterns, each of which splits further what the ones before it left.
-PRE_TOKENIZERS = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": (_GPT2,),
-    "llama-bpe": (_LLAMA3,),
-    "smollm": (r"\p{N}", _GPT2),
-}
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -82,7 +69,7 @@ class Detokenizer:
 
 
 class Tokenizer:
-    """One model's tokenizer; build it with `from_directory` or `from_gguf`. Safe to share between threads.
+    """One model's tokenizer; build it with `from_directory` or `tokenizer_gguf.from_gguf`. Safe to share between threads.
 
     vocab_size: the largest token id + 1 (a model's embedding may be padded beyond it). eos_ids: the ids that end a
     generation. bos_id: None where the model has none. chat_template: the Jinja source, None where there is none."""
@@ -203,43 +190,49 @@ def _decoding(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
         return True, False
     if kinds == ["Metaspace"] and steps[0]["replacement"] == "▁":
         return False, steps[0]["prepend_scheme"] != "never"
-    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and (steps[0]["pattern"], steps[0]["content"]) == ({"String": "▁"}, " "):
-        if len(kinds) == 3:
+    if kinds[0] == "Replace" and (steps[0]["pattern"], steps[0]["content"]) == ({"String": "▁"}, " "):
+        rest = kinds[1:] if "ByteFallback" not in kinds[1:2] else kinds[2:]
+        if rest in ([], ["Fuse"]):
             return False, False
-        if kinds[3:] == ["Strip"] and (steps[3]["content"], steps[3]["start"], steps[3]["stop"]) == (" ", 1, 0):
+        if rest == ["Fuse", "Strip"] and (steps[-1]["content"], steps[-1]["start"], steps[-1]["stop"]) == (" ", 1, 0):
             return False, True
-    raise refuse("tokenizer decoder", "+".join(kinds), "not supported; legal: ByteLevel, Metaspace, Replace+ByteFallback+Fuse[+Strip]")
+    raise refuse("tokenizer decoder", "+".join(kinds), "not supported; legal: ByteLevel, Metaspace, Replace[+ByteFallback][+Fuse[+Strip]]")
 
 
 # ---- Hugging Face directories
 
 
 def from_directory(path: str | Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face model directory; None where it has no tokenizer.json.
+    """The tokenizer of a Hugging Face model directory; None where it has neither tokenizer.json nor tokenizer.model.
 
-    End tokens: those of generation_config.json (else config.json), then the tokenizer's own eos_token. The chat
-    template: chat_template.jinja, else the one in tokenizer_config.json. Raises UserError for damaged files."""
+    tokenizer.json is preferred. End tokens: those of generation_config.json (else config.json), then the tokenizer's own
+    eos_token. The chat template: chat_template.jinja, else the one in tokenizer_config.json. Raises UserError for damaged
+    files."""
     folder = Path(path)
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    backend = _load(file)
     config = _read_json(folder / "tokenizer_config.json")
+    affixes: tuple[list[int], list[int]] = ([], [])
+    if (folder / "tokenizer.json").is_file():
+        made = _load(folder / "tokenizer.json")
+    elif (folder / "tokenizer.model").is_file():
+        made, affixes = _load_sentencepiece(folder, config)
+    else:
+        return None
     special = {**_special_tokens(_read_json(folder / "special_tokens_map.json")), **_special_tokens(config)}
     model, generation = _read_json(folder / "config.json"), _read_json(folder / "generation_config.json")
     declared = generation if generation.get("eos_token_id") is not None else model
     eos = _token_ids(declared, "eos_token_id")
     bos = _token_ids(generation, "bos_token_id") or _token_ids(model, "bos_token_id")
-    if "eos_token" in special and (own := backend.token_to_id(special["eos_token"])) is not None:
+    if "eos_token" in special and (own := made.token_to_id(special["eos_token"])) is not None:
         eos.append(own)
-    if "bos_token" in special and (own := backend.token_to_id(special["bos_token"])) is not None:
+    if "bos_token" in special and (own := made.token_to_id(special["bos_token"])) is not None:
         bos = [own]
     return Tokenizer(
-        backend,
+        made,
         eos_ids=eos,
         bos_id=bos[0] if bos else None,
         templates=_directory_templates(folder, config),
         special=special,
+        affixes=affixes,
     )
 
 
@@ -257,6 +250,42 @@ def _load(file: Path) -> tokenizers.Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise refuse(str(file), one_line(error), "must be a tokenizer.json of the tokenizers package") from None
+
+
+def _load_sentencepiece(folder: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, tuple[list[int], list[int]]]:
+    """From tokenizer.model and what tokenizer_config.json adds to it: renamed and further tokens, and the ids to put
+    before and after a text (a begin token unless it says otherwise)."""
+    pieces, ids = read_model(folder / "tokenizer.model")
+    tokens, scores, types = list(pieces.tokens), list(pieces.scores), list(pieces.types)
+    for i, text, special in _added_tokens(folder, config):
+        for gap in range(len(tokens), i + 1):
+            tokens.append(f"[UNUSED {gap}]")
+            scores.append(0.0)
+            types.append(UNUSED)
+        tokens[i], types[i] = text, CONTROL if special else USER_DEFINED
+    if len(set(tokens)) != len(tokens):
+        raise refuse(f"{folder}: added tokens", len(tokens) - len(set(tokens)), "tokens are there twice")
+    affixes: tuple[list[int], list[int]] = ([], [])
+    for (name, default), place in zip({"bos": True, "eos": False}.items(), affixes, strict=True):
+        token = _special_tokens(config).get(f"{name}_token")
+        number = ids.get(name) if token not in tokens else tokens.index(token)
+        if config.get(f"add_{name}_token", default) and number is not None:
+            place.append(number)
+    return backend(replace(pieces, tokens=tokens, scores=scores, types=types)), affixes
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, str, bool]]:
+    """(id, token, it is special) by id, of tokenizer_config.json's added_tokens_decoder, else of added_tokens.json."""
+    listed = config.get("added_tokens_decoder")
+    if listed is None:
+        listed = {i: {"content": token, "special": False} for token, i in _read_json(folder / "added_tokens.json").items()}
+    try:
+        found = [(int(i), token["content"], bool(token.get("special", False))) for i, token in listed.items()]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        found = [(-1, "", False)]
+    if not all(0 <= i < MAX_TOKENS and isinstance(token, str) and token for i, token, _ in found):
+        raise refuse(f"{folder}: added tokens", listed, 'must be {id: {"content": str}} or {str: id}')
+    return sorted(found)
 
 
 def _read_text(file: Path) -> str:
@@ -322,111 +351,4 @@ def _directory_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]
         if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not isinstance(item.get("template"), str):
             raise refuse("chat_template", item, rule)
         found[item["name"]] = item["template"]
-    return found
-
-
-# ---- GGUF metadata
-
-
-def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer described by a GGUF file's metadata (key -> int, bool, str, or list of int or str).
-
-    Supported: tokenizer.ggml.model "gpt2" (byte-level BPE) with a tokenizer.ggml.pre of PRE_TOKENIZERS; a missing pre
-    means "default", as in llama.cpp. End tokens are the declared eos, end-of-turn and end-of-message ids. Raises
-    UserError for another kind of tokenizer and for missing or malformed fields."""
-    model = _field(metadata, "model", str)
-    if model != "gpt2":
-        raise refuse("tokenizer.ggml.model", model, 'not supported in a GGUF file; legal: "gpt2" (byte-level BPE)')
-    pre = _field(metadata, "pre", str, "default")
-    if pre not in PRE_TOKENIZERS:
-        raise refuse("tokenizer.ggml.pre", pre, f"not supported; legal: {', '.join(PRE_TOKENIZERS)}")
-    tokens = _array(metadata, "tokens", str)
-    if not 1 <= len(tokens) <= MAX_TOKENS:
-        raise refuse("tokenizer.ggml.tokens", len(tokens), f"its length must be from 1 to {MAX_TOKENS}")
-    types = _array(metadata, "token_type", int, [1] * len(tokens))
-    if len(types) != len(tokens):
-        raise refuse("tokenizer.ggml.token_type", len(types), f"its length must be that of the tokens, {len(tokens)}")
-    backend = _byte_level_bpe(tokens, types, _array(metadata, "merges", str), pre)
-    known = {name: _token_id(metadata, f"{name}_token_id", len(tokens)) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
-    ids = {name: i for name, i in known.items() if i is not None}
-    affixes: tuple[list[int], list[int]] = ([], [])
-    # llama.cpp takes llama-bpe vocabularies to want a begin token unless the file says otherwise.
-    for name, place, default in (("bos", affixes[0], pre == "llama-bpe"), ("eos", affixes[1], False)):
-        if _field(metadata, f"add_{name}_token", bool, default and name in ids):
-            if name not in ids:
-                raise refuse(f"tokenizer.ggml.add_{name}_token", True, f"needs tokenizer.ggml.{name}_token_id")
-            place.append(ids[name])
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    return Tokenizer(
-        backend,
-        eos_ids=[ids[name] for name in ("eos", "eot", "eom") if name in ids],
-        bos_id=ids.get("bos"),
-        templates=_gguf_templates(metadata),
-        special={variable: tokens[ids[name]] for name, variable in names.items() if name in ids},
-        affixes=affixes,
-    )
-
-
-def _byte_level_bpe(tokens: list[str], types: Sequence[int], merges: list[str], pre: str) -> tokenizers.Tokenizer:
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if vocab[token] != i)
-        raise refuse("tokenizer.ggml.tokens", twice, "must not be there twice")
-    for merge in merges:
-        if merge.count(" ") != 1:
-            raise refuse("tokenizer.ggml.merges", merge, "must be two tokens with one space between")
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    try:
-        bpe = models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe")
-    except Exception as error:  # the package raises bare Exception, for a merge whose tokens are unknown
-        raise refuse("tokenizer.ggml.merges", one_line(error), "each merge must join two tokens into a third") from None
-    backend = tokenizers.Tokenizer(bpe)
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    backend.decoder = decoders.ByteLevel()
-    special = [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL)]
-    plain = [AddedToken(t, special=False, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
-    backend.add_special_tokens([token for token in special if token.content])
-    backend.add_tokens([token for token in plain if token.content])
-    return backend
-
-
-_REQUIRED: Any = object()
-
-
-def _field(metadata: Mapping[str, Any], name: str, kind: type, default: Any = _REQUIRED) -> Any:
-    key = f"tokenizer.ggml.{name}"
-    value = metadata.get(key)
-    value = default if value is None else value
-    if value is _REQUIRED:
-        raise UserError(f"{key}: missing from the file's metadata; this GGUF has no usable tokenizer")
-    wrong = isinstance(value, bool) if kind is int else isinstance(value, str) and kind is Sequence
-    if value is not None and (wrong or not isinstance(value, kind)):
-        raise refuse(key, value, f"must be of type {'array' if kind is Sequence else kind.__name__}")
-    return value
-
-
-def _array(metadata: Mapping[str, Any], name: str, kind: type, default: Any = _REQUIRED) -> list[Any]:
-    values = list(_field(metadata, name, Sequence, default))
-    # One pass in C over what is tens of thousands of entries.
-    if not set(map(type, values)) <= {kind}:
-        wrong = next(v for v in values if type(v) is not kind)
-        raise refuse(f"tokenizer.ggml.{name}", wrong, f"must be an array of {kind.__name__}")
-    return values
-
-
-def _token_id(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
-    value = _field(metadata, name, int, None)
-    if value is not None and not 0 <= value < count:
-        raise refuse(f"tokenizer.ggml.{name}", value, f"must be from 0 to {count - 1}")
-    return value
-
-
-def _gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """tokenizer.chat_template, and tokenizer.chat_template.NAME for further ones."""
-    key = "tokenizer.chat_template"
-    found = {"default" if k == key else k[len(key) + 1 :]: v for k, v in metadata.items() if k == key or k.startswith(key + ".")}
-    for name, source in found.items():
-        if not isinstance(source, str):
-            raise refuse(f"{key} ({name})", source, "must be of type str")
     return found
