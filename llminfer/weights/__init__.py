@@ -59,10 +59,10 @@ class Checkpoint:
         if self.random:
             return None
         # Imports the tokenizers package, which a caller that only wants shapes does not need.
-        from llminfer import tokenizer
+        from llminfer import tokenizer, tokenizer_gguf
 
         if self.metadata is not None:
-            return tokenizer.from_gguf(self.metadata)
+            return tokenizer_gguf.from_gguf(self.metadata)
         return None if self.directory is None else tokenizer.from_directory(self.directory)
 
 
