@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llminfer.config import ModelConfig, from_toml
 from llminfer.errors import UserError, refuse
 from llminfer.progress import Progress
-from llminfer.weights import assemble, gguf, hf_names, safetensors, store
+from llminfer.weights import assemble, gguf, gguf_model, hf_names, safetensors, store
 from llminfer.weights.demo import demo_path
 from llminfer.weights.hf_config import from_hf
 
@@ -95,11 +95,12 @@ def open_model(model: str, cache_dir: str | None = None, progress: Progress | No
 
 def _open_gguf(path: Path, cache_dir: str | None) -> Checkpoint:
     file = gguf.GgufFile(path)
-    config = gguf.read_config(file)
-    source = gguf.GgufSource(file, config)
+    config = gguf_model.read_config(file)
+    source = gguf_model.GgufSource(file, config)
     assemble.check(source, config, str(path))
     root = store.cache_root(cache_dir) / "prepared"
-    return Checkpoint(config, str(path), metadata=file.metadata, prepared_root=root, prepared_key=store.file_key(path), tensors=source)
+    key = store.file_key(file.paths[0]) | {"parts": [store.file_key(part) for part in file.paths[1:]]}
+    return Checkpoint(config, str(path), metadata=file.metadata, prepared_root=root, prepared_key=key, tensors=source)
 
 
 def _open_directory(path: Path) -> Checkpoint:

@@ -1,4 +1,6 @@
-"""Writes GGUF files for tests: whole ones, and damaged ones through the same few parts."""
+"""Writes GGUF files for tests: whole models of every architecture, and damaged files through the same few parts.
+
+Names, keys and what conversion changes are written down here once more, apart from the reader's tables."""
 
 from __future__ import annotations
 
@@ -9,12 +11,35 @@ from typing import Any
 import numpy as np
 
 from llminfer.config import ModelConfig
-from llminfer.weights.assemble import EMBED, HEAD, hf_shapes
-from llminfer.weights.gguf import LAYER_NAMES, TOP_NAMES
+from llminfer.weights.assemble import part_shapes
 
 F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
 # A tensor: (shape slowest axis first, type number, bytes).
 Stored = tuple[tuple[int, ...], int, bytes]
+INTERLEAVED = ("llama", "internlm2", "smollm3", "granite", "command-r", "cohere2")
+FUSED_QKV = ("gpt2", "gptneox", "phi3")
+TOP = {
+    "embed": "token_embd.weight",
+    "positions": "position_embd.weight",
+    "final_norm": "output_norm.weight",
+    "final_norm_bias": "output_norm.bias",
+    "lm_head": "output.weight",
+}
+LAYER = {
+    "attn_norm": "attn_norm",
+    "attn_post_norm": "post_attention_norm",
+    "mlp_norm": "ffn_norm",
+    "mlp_post_norm": "post_ffw_norm",
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
 
 
 def text(value: str | bytes) -> bytes:
@@ -52,67 +77,77 @@ def f32(array: np.ndarray) -> Stored:
     return array.shape, F32, array.astype("<f4").tobytes()
 
 
-def metadata_of(c: ModelConfig) -> dict[str, Any]:
-    """Metadata of a llama model; rope_scaling is left to the test."""
-    fields = {
+def metadata_of(c: ModelConfig, architecture: str = "llama") -> dict[str, Any]:
+    """Metadata of the sizes of a model; what is particular to a family is left to the test."""
+    fields: dict[str, Any] = {
         "block_count": c.num_layers,
         "context_length": c.max_position,
         "embedding_length": c.hidden_size,
         "feed_forward_length": c.intermediate_size,
         "attention.head_count": c.num_heads,
         "attention.head_count_kv": c.num_kv_heads,
-        "attention.layer_norm_rms_epsilon": c.norm_eps,
-        "rope.freq_base": c.rope_theta,
-        "rope.dimension_count": c.head_dim,
+        f"attention.layer_norm_{'rms_' if c.norm == 'rms' else ''}epsilon": c.norm_eps,
     }
+    if c.rope_layers != (-1,):
+        full = [c.ropes[c.rope(i)] for i in range(c.num_layers) if c.window(i) == 0 and c.rope(i) >= 0] or c.ropes
+        fields |= {"rope.freq_base": full[0].theta, "rope.dimension_count": full[0].dim or c.head_dim}
     if c.head_dim * c.num_heads != c.hidden_size:
         fields |= {"attention.key_length": c.head_dim, "attention.value_length": c.head_dim}
-    metadata = {"general.architecture": "llama", "general.name": c.name}
-    return metadata | {f"llama.{key}": item for key, item in fields.items()}
+    if any(c.windows):
+        fields["attention.sliding_window"] = max(c.windows)
+    metadata = {"general.architecture": architecture, "general.name": c.name}
+    return metadata | {f"{architecture}.{key}": item for key, item in fields.items()}
 
 
-def permute(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """[heads * head_dim, in] from the half-split rotary order to the interleaved one of llama GGUF files."""
-    return np.stack(np.split(rows.reshape(-1, head_dim, rows.shape[1]), 2, axis=1), axis=2).reshape(rows.shape)
+def interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """[heads * head_dim, ...] from the half-split rotary order to the interleaved one of llama GGUF files."""
+    heads = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return np.stack([heads[:, 0], heads[:, 1]], axis=2).reshape(rows.shape)
 
 
-def tensors_of(c: ModelConfig, hf: dict[str, np.ndarray]) -> dict[str, Stored]:
-    """Hugging Face tensors as float32 GGUF tensors."""
+def stored_of(c: ModelConfig, parts: dict[str, np.ndarray], architecture: str = "llama") -> dict[str, np.ndarray]:
+    """The tensors, by their stored names, that conversion makes of the parts of a model."""
     stored = {}
-    for name, array in hf.items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            array = permute(array, c.head_dim)
-        stored[gguf_name(name)] = f32(array)
+    for part, array in parts.items():
+        if part.endswith("norm"):
+            array = array + np.float32(c.norm_offset)
+        prefix, _, leaf = part.rpartition(".")
+        if leaf in ("q", "k", "q_bias", "k_bias") and architecture in INTERLEAVED:
+            array = interleave(array, c.head_dim)
+        if leaf in ("q_norm", "k_norm") and architecture in INTERLEAVED:
+            array = interleave(array.reshape(-1), c.head_dim).reshape(array.shape)
+        kind = "bias" if leaf.endswith("_bias") else "weight"
+        stored[f"blk.{prefix.split('.')[1]}.{LAYER[leaf.removesuffix('_bias')]}.{kind}" if prefix else TOP[part]] = array
+    for i in range(c.num_layers):
+        if architecture in FUSED_QKV:
+            for kind in ("weight", "bias") if c.qkv_bias else ("weight",):
+                stored[f"blk.{i}.attn_qkv.{kind}"] = np.concatenate([stored.pop(f"blk.{i}.attn_{x}.{kind}") for x in "qkv"])
+        if architecture == "phi3":
+            gate = stored.pop(f"blk.{i}.ffn_gate.weight")
+            stored[f"blk.{i}.ffn_up.weight"] = np.concatenate([gate, stored[f"blk.{i}.ffn_up.weight"]])
     return stored
 
 
-def gguf_name(name: str) -> str:
-    if name.startswith("model.layers."):
-        _, _, layer, rest = name.split(".", 3)
-        ours = {theirs: ours for ours, theirs in LAYER_NAMES.items()}[rest.removesuffix(".weight")]
-        return f"blk.{layer}.{ours}.weight"
-    return {theirs: ours for ours, theirs in TOP_NAMES.items()}[name]
+def tensors_of(c: ModelConfig, parts: dict[str, np.ndarray], architecture: str = "llama") -> dict[str, Stored]:
+    """The parts of a model as float32 tensors."""
+    return {name: f32(array) for name, array in stored_of(c, parts, architecture).items()}
 
 
-def random_hf(c: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 tensors under Hugging Face names."""
+def random_parts(c: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in hf_shapes(c).items()}
+    return {part: rng.standard_normal(shape, np.float32) for part, shape in part_shapes(c).items()}
 
 
 def tiny(**changes: Any) -> ModelConfig:
-    fields = {
+    fields: dict[str, Any] = {
         **{"name": "t", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 96, "num_layers": 2, "num_heads": 4},
-        **{"num_kv_heads": 2, "head_dim": 8, "max_position": 128, "rope_theta": 10000.0, "norm_eps": 0.5},
+        **{"num_kv_heads": 2, "head_dim": 8, "max_position": 128, "norm_eps": 0.5},
     }
     return ModelConfig(**(fields | changes))
 
 
 def write_model(path: Path, c: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """A whole float32 file of random weights; returns them."""
-    hf = random_hf(c, seed)
-    path.write_bytes(gguf_bytes(metadata_of(c), tensors_of(c, hf)))
-    return hf
-
-
-__all__ = ["EMBED", "HEAD", "gguf_bytes", "tiny", "write_model"]
+    """A whole float32 llama file of random weights; returns its parts."""
+    parts = random_parts(c, seed)
+    path.write_bytes(gguf_bytes(metadata_of(c), tensors_of(c, parts)))
+    return parts

@@ -1,4 +1,4 @@
-"""The GGUF reader: values bit for bit those of the gguf package, and a UserError for every damaged file."""
+"""The GGUF container: values bit for bit those of the gguf package, split files, and a UserError for every damaged file."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_writer import BF16, F16, F32, Q4_0, Q4_1, Q8_0, f32, gguf_bytes, metadata_of, random_hf, tensors_of, text, tiny, write_model
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from gguf_writer import F32, Q8_0, f32, gguf_bytes, text
 
-from llminfer.config import RopeScaling
 from llminfer.errors import UserError
-from llminfer.weights import open_model
-from llminfer.weights.assemble import to_hf
-from llminfer.weights.gguf import TYPES, GgufFile, dequantize, hf_name, llama3_factors, read_config
+from llminfer.weights.gguf import GgufFile
+from llminfer.weights.gguf_types import CHUNK_ELEMENTS, OTHER_TYPES, TYPES, dequantize
 
 
 def opened(path: Path, data: bytes) -> GgufFile:
@@ -24,28 +20,40 @@ def opened(path: Path, data: bytes) -> GgufFile:
     return GgufFile(path)
 
 
-@pytest.mark.parametrize("kind", [F32, F16, Q4_0, Q4_1, Q8_0, BF16])
-def test_dequantize_equals_the_gguf_package(kind):
-    oracle = pytest.importorskip("gguf")
+ROW_BLOCKS = 3
+
+
+def random_rows(kind: int, rows: int, odd_scales: bool) -> np.ndarray:
+    """Stored bytes, all of them random; the scales too (so infinite, subnormal, negative, not a number), or of ordinary size."""
     rng = np.random.default_rng(kind)
-    if kind in (Q4_0, Q4_1, Q8_0):  # any bytes are quants; the scales are kept finite
-        blocks = np.frombuffer(rng.bytes(3000 * TYPES[kind][2].itemsize), TYPES[kind][2]).reshape(300, 10).copy()
-        for field in ("d", "m"):
-            if field in blocks.dtype.names:
-                blocks[field] = rng.standard_normal((300, 10))
-    else:
-        blocks = rng.standard_normal((30, 50)).astype(np.float32)
-        blocks = (blocks.view(np.uint32) >> 16).astype("<u2") if kind == BF16 else blocks.astype(TYPES[kind][2])
-    expected = oracle.dequantize(blocks.reshape(len(blocks), -1).view(np.uint8), oracle.GGMLQuantizationType(kind))
-    ours = dequantize(kind, blocks)
-    assert ours.dtype == np.float32 and ours.shape == expected.shape
-    np.testing.assert_array_equal(ours.view(np.uint32), expected.view(np.uint32))
+    layout = TYPES[kind].layout
+    blocks = np.frombuffer(rng.bytes(rows * ROW_BLOCKS * layout.itemsize), layout).copy()
+    for field in ("d", "m"):
+        if not odd_scales and field in (layout.names or ()):
+            blocks[field] = rng.standard_normal(len(blocks))
+    return blocks.view(np.uint8).reshape(rows, -1)
 
 
-def test_a_damaged_scale_is_no_warning():
-    blocks = np.zeros((1, 4), TYPES[Q4_1][2])
-    blocks["d"], blocks["m"] = np.inf, -np.inf
-    assert not np.isfinite(dequantize(Q4_1, blocks)).any()
+@pytest.mark.parametrize("odd_scales", [False, True])
+@pytest.mark.parametrize("kind", TYPES, ids=[entry.name for entry in TYPES.values()])
+def test_values_are_those_of_the_gguf_package_bit_for_bit(kind, odd_scales):
+    oracle = pytest.importorskip("gguf")
+    assert oracle.GGML_QUANT_SIZES[oracle.GGMLQuantizationType[TYPES[kind].name]] == (TYPES[kind].elements, TYPES[kind].layout.itemsize)
+    assert oracle.GGMLQuantizationType[TYPES[kind].name] == kind
+    # More than one chunk, and no whole number of them.
+    rows = random_rows(kind, 2 * CHUNK_ELEMENTS // (ROW_BLOCKS * TYPES[kind].elements) + 5, odd_scales)
+    with np.errstate(all="ignore"):
+        expected = oracle.dequantize(rows, oracle.GGMLQuantizationType(kind))
+        ours = dequantize(kind, rows)
+        assert ours.dtype == (np.float32 if TYPES[kind].unpack else TYPES[kind].layout) and ours.shape == expected.shape
+        np.testing.assert_array_equal(ours.astype(np.float32).view(np.uint32), expected.view(np.uint32))
+
+
+def test_all_types_asked_for_are_there():
+    asked = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL"
+    assert {entry.name for entry in TYPES.values()} == set(asked.split())
+    oracle = pytest.importorskip("gguf")
+    assert OTHER_TYPES.items() <= {kind.value: kind.name for kind in oracle.GGMLQuantizationType}.items()
 
 
 def test_reads_what_the_gguf_package_writes(tmp_path):
@@ -76,38 +84,6 @@ def test_reads_what_the_gguf_package_writes(tmp_path):
     assert {key: file.metadata[key] for key in expected} == expected
     np.testing.assert_array_equal(file.read("t"), values)
     np.testing.assert_allclose(file.read("q"), values, atol=2)
-
-
-@pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_model_file_loads_as_it_was(tmp_path, version, tied):
-    config = tiny(tie_embeddings=tied)
-    hf = random_hf(config)
-    metadata = metadata_of(config) | {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.bos_token_id": 1}
-    (tmp_path / "m.gguf").write_bytes(gguf_bytes(metadata, tensors_of(config, hf), version))
-    checkpoint = open_model(str(tmp_path / "m.gguf"), str(tmp_path / "cache"))
-    assert checkpoint.config == tiny(tie_embeddings=tied, bos_id=1, eos_ids=(2, 5))
-    assert checkpoint.metadata == metadata and not checkpoint.random
-    for _ in range(2):  # built, then mapped
-        back = to_hf(checkpoint.load(), checkpoint.config)
-        assert back.keys() == hf.keys()
-        for name, array in hf.items():
-            np.testing.assert_array_equal(back[name], array, err_msg=name)
-
-
-def test_quantized_rows_of_q_and_k_are_moved_whole(tmp_path):
-    config = tiny(num_layers=1)
-    rng = np.random.default_rng(1)
-    tensors = tensors_of(config, random_hf(config))
-    shape = tensors["blk.0.attn_q.weight"][0]
-    tensors["blk.0.attn_q.weight"] = shape, Q8_0, b"".join(np.float16(1).tobytes() + rng.bytes(32) for _ in range(shape[0]))
-    (tmp_path / "m.gguf").write_bytes(gguf_bytes(metadata_of(config), tensors))
-    checkpoint = open_model(str(tmp_path / "m.gguf"), str(tmp_path / "cache"))
-    stored = GgufFile(tmp_path / "m.gguf").read("blk.0.attn_q.weight").reshape(4, 4, 2, 32)
-    q = to_hf(checkpoint.load(), config)["model.layers.0.self_attn.q_proj.weight"].reshape(4, 2, 4, 32)
-    for head in range(4):
-        for pair in range(4):
-            np.testing.assert_array_equal(q[head, :, pair], stored[head, pair])
 
 
 def test_a_vocabulary_is_read_quickly(tmp_path):
@@ -141,7 +117,7 @@ DAMAGED = {
     "tensor count": (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "truncated"),
     "key count": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63), "truncated"),
     "huge array, 51 bytes": (HEAD + text("abc") + struct.pack("<IIQ", 9, 4, 2**61), "at most"),
-    "huge strings": (HEAD + text("abc") + struct.pack("<IIQ", 9, 8, 2**23), "truncated"),
+    "huge strings": (HEAD + text("abc") + struct.pack("<IIQ", 9, 8, 2**21), "truncated"),
     "huge string": (HEAD + text("abc") + struct.pack("<IQ", 8, 2**62), "fit"),
     "huge key": (HEAD + struct.pack("<Q", 2**62) + b"a" * 20, "fit"),
     "nested array": (HEAD + text("abc") + struct.pack("<IIQ", 9, 9, 1), "array of arrays"),
@@ -149,11 +125,17 @@ DAMAGED = {
     "element type": (HEAD + text("abc") + struct.pack("<IIQ", 9, 13, 1), "element type 13"),
     "not UTF-8": (HEAD + text(b"\xff\xfe\xff") + struct.pack("<IQ", 4, 1), "UTF-8"),
     "key twice": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * (text("abc") + struct.pack("<II", 4, 1)), "twice"),
-    "no architecture": (gguf_bytes({"a": 1}, {}), "architecture None"),
-    "architecture": (gguf_bytes({"general.architecture": "gemma3"}, {}), "'gemma3' is not supported; legal: llama"),
-    "split": (gguf_bytes(ARCHITECTURE | {"split.count": 3}, {}), "split model"),
+    "split name": (gguf_bytes({"split.count": 3}, {}), "must be NAME-00001-of-00003.gguf"),
+    "split count": (gguf_bytes({"split.count": "3"}, {}), "split.count='3': must be an integer"),
+    "many small arrays": (
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 5) + b"".join(text(key) + struct.pack("<IIQ", 9, 0, 2**20) + bytes(2**20) for key in "abcde"),
+        "all arrays together may have at most 4194304",
+    ),
     "alignment": (gguf_bytes(ARCHITECTURE | {"general.alignment": 12}, {}), "general.alignment=12"),
-    "tensor type": (described((2, 256), 14, 0, bytes(420)), "tensor 't' has type Q6_K (14), which is not supported; legal: F32, F16, Q4_0"),
+    "tensor type": (
+        described((2, 256), 23, 0, bytes(420)),
+        "tensor 't' has type IQ4_XS (23), which is not supported; legal: F32, F16, Q4_0",
+    ),
     "unknown type": (described((2, 32), 999, 0, bytes(256)), "type unknown (999)"),
     "dimensions": (described((1, 1, 1, 1, 32), F32, 0, bytes(256)), "5 dimensions"),
     "no dimension": (described((), F32, 0, bytes(256)), "0 dimensions"),
@@ -172,7 +154,7 @@ def test_damage_is_one_clear_line(tmp_path, case):
     (tmp_path / "x.gguf").write_bytes(data)
     began = time.process_time()
     with pytest.raises(UserError) as error:
-        open_model(str(tmp_path / "x.gguf"))
+        GgufFile(tmp_path / "x.gguf")
     assert time.process_time() - began < 0.5
     assert message in str(error.value) and "\n" not in str(error.value) and "x.gguf" in str(error.value)
 
@@ -187,97 +169,41 @@ def test_tensors_may_not_overlap_or_occur_twice(tmp_path):
         opened(tmp_path / "x.gguf", one.replace(second, struct.pack("<2QIQ", 32, 2, F32, 32)))
 
 
-FIELDS = [
-    ({"llama.expert_count": 8}, "expert_count=8"),
-    ({"llama.rope.dimension_count": 4}, "rope.dimension_count=4"),
-    ({"llama.attention.value_length": 16}, "attention.value_length=16"),
-    ({"llama.attention.head_count_kv": [2, 4]}, "the same for all layers"),
-    ({"llama.attention.head_count": 0}, "attention.head_count=0"),
-    ({"llama.attention.head_count_kv": 0}, "num_kv_heads=0"),
-    ({"llama.block_count": 4_000_000_000}, "num_layers=4000000000"),
-    ({"llama.rope.freq_base": float("nan")}, "rope_theta=nan"),
-    ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
-    ({"llama.rope.scaling.factor": float("nan")}, "factor nan"),
-    ({"tokenizer.ggml.eos_token_id": 64}, "must be from 0 to vocab_size-1=63"),
-    ({"llama.block_count": 3}, "model.layers.2.input_layernorm.weight [32] is missing"),
-    ({"llama.feed_forward_length": 64}, "mlp.gate_proj.weight is [96, 32], expected [64, 32]"),
-    ({"tokenizer.ggml.tokens": ["a"] * 63}, "model.embed_tokens.weight is [64, 32], expected [63, 32]"),
-]
+def split_parts(folder: Path, count: int = 3) -> list[Path]:
+    """A split file as gguf-split writes it: the first part has the metadata, and here no tensor."""
+    paths = [folder / f"big model-{i + 1:05}-of-{count:05}.gguf" for i in range(count)]
+    for i, path in enumerate(paths):
+        metadata = {"split.no": i, "split.count": count, "split.tensors.count": 2 * (count - 1)} | (ARCHITECTURE if i == 0 else {})
+        tensors = {f"{letter}{i}": f32(ROW * i) for letter in "ab"} if i else {}
+        path.write_bytes(gguf_bytes(metadata, tensors))
+    return paths
 
 
-@pytest.mark.parametrize(("change", "message"), FIELDS, ids=[next(iter(f[0])) for f in FIELDS])
-def test_metadata_that_cannot_be_honoured(tmp_path, change, message):
-    config = tiny()
-    (tmp_path / "x.gguf").write_bytes(gguf_bytes(metadata_of(config) | change, tensors_of(config, random_hf(config))))
+def test_any_part_opens_the_split_file(tmp_path):
+    paths = split_parts(tmp_path)
+    for path in paths:
+        file = GgufFile(path)
+        assert file.metadata["general.architecture"] == "llama" and file.paths == paths
+        assert list(file.tensors) == ["a1", "b1", "a2", "b2"]
+        np.testing.assert_array_equal(file.read("b2"), ROW * 2)
+
+
+SPLIT_DAMAGE = {
+    "missing": ({}, "big model-00003-of-00003.gguf is missing"),
+    "number": ({"split.no": 1, "split.count": 3}, "has split.no=1 and split.count=3, by its name they must be 2 and 3"),
+    "count": ({"split.no": 2, "split.count": 2}, "has split.no=2 and split.count=2, by its name"),
+    "tensors": ({"split.no": 2, "split.count": 3}, "split.tensors.count=4, the 3 parts have 3 tensors"),
+    "twice": ({"split.no": 2, "split.count": 3, "twice": 1}, "tensor 'b1' is also in another part"),
+}
+
+
+@pytest.mark.parametrize("case", SPLIT_DAMAGE)
+def test_damaged_split_files(tmp_path, case):
+    metadata, message = SPLIT_DAMAGE[case]
+    paths = split_parts(tmp_path)
+    paths[2].unlink()
+    if metadata:
+        paths[2].write_bytes(gguf_bytes(metadata, {"b1" if case == "twice" else "a2": f32(ROW)}))
     with pytest.raises(UserError) as error:
-        open_model(str(tmp_path / "x.gguf"))
-    assert message in str(error.value) and "x.gguf" in str(error.value)
-
-
-@pytest.mark.parametrize("missing", ["llama.block_count", "llama.attention.layer_norm_rms_epsilon"])
-def test_metadata_that_is_missing(tmp_path, missing):
-    metadata = metadata_of(tiny())
-    del metadata[missing]
-    with pytest.raises(UserError, match=f"{missing} is missing"):
-        read_config(opened(tmp_path / "x.gguf", gguf_bytes(metadata, {})))
-
-
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_rope_factors(tmp_path, factor):
-    config = tiny(rope_theta=500000.0, head_dim=128, num_heads=1, num_kv_heads=1)
-    scaling = RopeScaling("llama3", factor, 1.0, 4.0, 8192)
-    factors = llama3_factors(128, 500000.0, scaling).astype(np.float32)
-    assert factors[0] == 1 and factors[-1] == factor and len(set(factors.tolist())) > 3
-    embed = f32(np.zeros((64, 32)))
-    read = opened(tmp_path / "x.gguf", gguf_bytes(metadata_of(config), {"token_embd.weight": embed, "rope_freqs.weight": f32(factors)}))
-    assert read_config(read).rope_scaling == scaling
-    ones = gguf_bytes(metadata_of(config), {"token_embd.weight": embed, "rope_freqs.weight": f32(np.ones(64))})
-    assert read_config(opened(tmp_path / "y.gguf", ones)).rope_scaling is None
-    for wrong in (factors * 1.01, factors[:-1], np.full(64, np.nan), np.zeros(64)):
-        with pytest.raises(UserError, match=r"rope_freqs\.weight"):
-            data = gguf_bytes(metadata_of(config), {"token_embd.weight": embed, "rope_freqs.weight": f32(wrong)})
-            read_config(opened(tmp_path / "z.gguf", data))
-
-
-def test_linear_rope_scaling(tmp_path):
-    metadata = metadata_of(tiny()) | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    data = gguf_bytes(metadata, {"token_embd.weight": f32(np.zeros((64, 32)))})
-    assert read_config(opened(tmp_path / "x.gguf", data)).rope_scaling == RopeScaling("linear", 4.0)
-
-
-def test_names():
-    assert hf_name("blk.12.attn_output.weight") == "model.layers.12.self_attn.o_proj.weight"
-    assert hf_name("output.weight") == "lm_head.weight"
-    for strange in ("blk.01.attn_q.weight", "blk.0.attn_q.bias", "blk.0.ssm.weight", "blk.٣.attn_q.weight"):
-        assert hf_name(strange) == strange
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[Path, bytes]:
-    path = tmp_path_factory.mktemp("fuzz") / "m.gguf"
-    config = tiny(num_layers=1, vocab_size=8, intermediate_size=32)
-    write_model(path, config)
-    metadata = metadata_of(config) | {"tokenizer.ggml.tokens": list("abcdefgh"), "tokenizer.ggml.eos_token_id": 2}
-    data = gguf_bytes(metadata, tensors_of(config, random_hf(config)))
-    return path, data
-
-
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    flips=st.lists(st.tuples(st.integers(0, 1600), st.integers(1, 255)), max_size=4),
-    cut=st.one_of(st.none(), st.integers(0, 3000)),
-)
-def test_flipped_bytes_and_cuts_are_refused_or_read(whole, flips, cut):
-    path, data = whole
-    changed = bytearray(data)
-    for at, bits in flips:
-        changed[at] ^= bits
-    path.write_bytes(changed[:cut])
-    try:
-        checkpoint = open_model(str(path))
-        checkpoint.prepared_root = None
-        checkpoint.load()
-    except UserError as error:
-        assert "\n" not in str(error)
-        return
-    assert cut is None
+        GgufFile(paths[0])
+    assert message in str(error.value) and "\n" not in str(error.value)
