@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llminfer.config import ModelConfig, from_toml
 from llminfer.errors import UserError, refuse
 from llminfer.progress import Progress
-from llminfer.weights import assemble, gguf, gguf_model, hf_names, safetensors, store
+from llminfer.weights import assemble, gguf, gguf_model, hf_names, hub, orbax, safetensors, store
 from llminfer.weights.demo import demo_path
 from llminfer.weights.hf_config import from_hf
 
 if TYPE_CHECKING:
     from llminfer.params import Params
 
-LEGAL = "legal: demo, a directory with config.json and safetensors, a .gguf file, or config:NAME"
+LEGAL = "legal: demo, a directory with config.json and safetensors or one of ours, a .gguf file, a Hugging Face id, or config:NAME"
 MAX_CONFIG_BYTES = 10_000_000
 
 
@@ -27,7 +26,8 @@ class Checkpoint:
     """A model that was opened and found whole, as far as headers tell.
 
     source: what to call it in messages; random: it has no weights (config:NAME); metadata: of a GGUF file; directory: of a
-    safetensors checkpoint; prepared_root: where dequantized weights are kept between starts, None to keep none; prepared_key: their key."""
+    safetensors checkpoint or one of ours (then without tensors); prepared_root: where dequantized weights are kept between starts,
+    None to keep none; prepared_key: their key."""
 
     config: ModelConfig
     source: str
@@ -42,6 +42,8 @@ class Checkpoint:
         """The weights as named NumPy arrays (assemble.leaf_shapes), perhaps read-only: mapped where they were prepared before,
         else read one by one, so that never more than a few are in memory. float32 from GGUF; from safetensors bfloat16 where
         the file is no wider, else float32. Raises UserError; a random model has no weights."""
+        if self.tensors is None and self.directory is not None:
+            return orbax.read_leaves(self.directory, self.config, progress)
         if self.tensors is None:
             raise UserError(f"{self.source}: has no stored weights, only a config")
         tensors = self.tensors
@@ -69,8 +71,9 @@ class Checkpoint:
 def open_model(model: str, cache_dir: str | None = None, progress: Progress | None = None) -> Checkpoint:
     """Opens a model by name and checks its headers; no weights are read and jax is not imported.
 
-    model: "demo", a directory with config.json and safetensors, a .gguf file, or "config:NAME".
-    cache_dir: see store.cache_root. progress: shows the download of the demo model.
+    model: "demo", a directory with config.json and safetensors or one that `orbax` wrote, a .gguf file, a Hugging Face id, or
+    "config:NAME".
+    cache_dir: see store.cache_root. progress: shows a download.
     Raises UserError for anything else, and for a damaged, incomplete or unsupported checkpoint."""
     if not isinstance(model, str) or not model or "\0" in model:
         raise refuse("model", model, LEGAL)
@@ -83,13 +86,10 @@ def open_model(model: str, cache_dir: str | None = None, progress: Progress | No
         return _open_directory(path)
     if path.suffix == ".gguf" or path.is_file():
         return _open_gguf(path, cache_dir)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
-        raise refuse(
-            "model",
-            model,
-            "there is no such path; if it is a Hugging Face id: downloads from the hub are not supported in this version, "
-            "download the repository yourself and give the directory that has its config.json and safetensors",
-        )
+    if hub.is_id(model):
+        folder, source = hub.fetch(model, _read_config, progress)
+        found = _open_directory(folder)
+        return replace(found, source=source, config=replace(found.config, name=source.partition("@")[0].rpartition("/")[2]))
     raise refuse("model", model, f"there is no such path; {LEGAL}")
 
 
@@ -104,8 +104,11 @@ def _open_gguf(path: Path, cache_dir: str | None) -> Checkpoint:
 
 
 def _open_directory(path: Path) -> Checkpoint:
+    if (path / orbax.CARD).is_file():
+        return Checkpoint(orbax.read_config(path), str(path), directory=path)
     if not (path / "config.json").is_file():
-        raise UserError(f"{path}: has no config.json; {LEGAL}")
+        foreign = f", and is an Orbax checkpoint without our {orbax.CARD}" if (path / "_CHECKPOINT_METADATA").exists() else ""
+        raise UserError(f"{path}: has no config.json{foreign}; {LEGAL}")
     config, architecture = _read_config(path)
     source = hf_names.HfSource(safetensors.SafetensorsSource(path), architecture, config)
     assemble.check(source, config, str(path))
