@@ -286,7 +286,7 @@ def _rope(file: GgufFile, get: Fields, head_dim: int, context: int) -> Rope:
     original = get.integer("rope.scaling.original_context_length", context)
     legal = "none, linear or yarn with a factor of at least 1, longrope with its tensors and without a factor"
     if kind not in ("none", "linear", "yarn", "longrope") or not 1.0 <= factor < 1e6:
-        raise UserError(f"rope.scaling.type={kind!r}, factor {factor:g}: not supported; legal: {legal}")
+        raise UserError(f"rope.scaling.type={shown(kind)}, factor {factor:g}: not supported; legal: {legal}")
     tables = {name: _factors(file, name, dim) for name in (ROPE_FREQS, ROPE_SHORT, ROPE_LONG) if name in file.tensors}
     if kind == "none":
         factor = 1.0
@@ -302,7 +302,7 @@ def _rope(file: GgufFile, get: Fields, head_dim: int, context: int) -> Rope:
     elif factor > 1.0:
         rope = replace(rope, kind="linear", factor=factor)
     if kind == "longrope" or (rope.kind != "yarn" and attention != 1.0) or (tables and (len(tables) > 1 or rope.kind != "default")):
-        what = f"{kind!r}, factor {factor:g}, attn_factor {attention:g} and {', '.join(tables) or 'no tensor of factors'}"
+        what = f"{shown(kind)}, factor {factor:g}, attn_factor {attention:g} and {', '.join(tables) or 'no tensor of factors'}"
         raise UserError(f"rope.scaling.type={what}: not supported; legal: {legal}")
     return _by_factors(rope, head_dim, tables[ROPE_FREQS]) if ROPE_FREQS in tables else rope
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gguf_writer import metadata_of, tiny
+from weights.gguf_writer import metadata_of, tiny
 
 from llminfer.config import ModelConfig, Rope
 
