@@ -19,7 +19,7 @@ from typing import Any
 
 import tokenizers
 
-from llminfer.chat_template import check_messages, one_line, render
+from llminfer.chat_template import check_dicts, check_messages, one_line, render_chat
 from llminfer.errors import UserError, refuse
 from llminfer.tokenizer_spm import CONTROL, UNUSED, USER_DEFINED, backend, read_model
 
@@ -132,23 +132,44 @@ class Tokenizer:
     def apply_chat(
         self,
         messages: list[dict[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        continue_final_message: bool | str = False,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> str:
         """The prompt text of a conversation, through the model's own template.
 
-        messages: dicts with str "role" and str "content"; other keys are handed to the template, which decides on the
-        roles. tools: JSON schemas; a template named "tool_use" is then preferred. Encode the result with
+        messages: see `check_messages`; other keys (tool_calls, name, reasoning_content) are handed to the template, which
+        decides on the roles. add_generation_prompt: begin the assistant's turn (None: unless continuing). tools: JSON
+        schemas. documents: texts to ground the answer in, usually {"title", "text"}. continue_final_message: leave the
+        last message open for the model to go on, True for its content, or the name of another field of it.
+        chat_template: the name of one of the model's templates; None: "tool_use", where there is one and tools are given,
+        else "default". variables: what else the template knows, such as enable_thinking. Encode the result with
         add_special=False. Raises UserError: no template, malformed messages, an error inside the template."""
         check_messages(messages)
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-            raise refuse("tools", tools, "must be a list of dicts (JSON schemas)")
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        check_dicts("tools", tools, "JSON schemas")
+        check_dicts("documents", documents, '{"title": str, "text": str}')
+        if not isinstance(continue_final_message, (bool, str)):
+            raise refuse("continue_final_message", continue_final_message, "must be a bool or the name of a field")
+        if add_generation_prompt and continue_final_message:
+            raise refuse("add_generation_prompt", add_generation_prompt, "must not be set beside continue_final_message")
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": bool(add_generation_prompt)}
+        source = self._template(chat_template, tools is not None)
+        return render_chat(source, messages, {**self._special, **variables, **given}, continue_final_message)
+
+    def _template(self, name: str | None, with_tools: bool) -> str:
+        if name is None:
+            name = "tool_use" if with_tools and "tool_use" in self._templates else "default"
+            if name not in self._templates:
+                others = f" (it has, but not by default: {', '.join(sorted(self._templates))})" if self._templates else ""
+                raise UserError(f"chat_template: this model has no chat template{others}; give it raw text or token ids")
         if name not in self._templates:
-            others = f" (it has, but not by default: {', '.join(sorted(self._templates))})" if self._templates else ""
-            raise UserError(f"chat_template: this model has no chat template{others}; give it raw text or token ids")
-        variables = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": bool(add_generation_prompt)}
-        return render(self._templates[name], {**self._special, **variables})
+            raise refuse("chat_template", name, f"this model has none of that name; legal: {', '.join(sorted(self._templates)) or None}")
+        return self._templates[name]
 
     def _shown_bytes(self, token: int) -> bytes:
         return b"" if token in self._special_ids else self._token_bytes(token)

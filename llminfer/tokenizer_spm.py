@@ -94,7 +94,7 @@ def _bpe(pieces: Pieces) -> models.BPE:
 
 
 def _unigram(pieces: Pieces) -> models.Unigram:
-    # What only its own rule may produce must lose against any spelling of the same text.
+    # Bytes and unused tokens are no pieces of a text: they must lose against another spelling.
     vocab = [
         (token, score if kind in (NORMAL, USER_DEFINED) else -1e9)
         for token, score, kind in zip(pieces.tokens, pieces.scores, pieces.types, strict=True)
