@@ -88,23 +88,31 @@ def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, setting
 def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
     wanted, dtype = abstract_params(c, settings, target), jnp.dtype(target.dtype)
     spec_of = dict(leaves_of(specs))
-    round_off = jax.jit(quantize_int8)
-    write = jax.jit(lambda whole, x, i: jax.tree.map(lambda w, y: w.at[i].set(y), whole, x), donate_argnums=0)
+    round_off, widen = jax.jit(quantize_int8), jax.jit(lambda x: x.astype(dtype))
+    # An update of a slice and not a scatter, for which XLA:CPU would convert a whole bfloat16 array.
+    write_one = lambda whole, x, i: jax.lax.dynamic_update_index_in_dim(whole, x, i, 0)
+    write = jax.jit(lambda whole, x, i: jax.tree.map(functools.partial(write_one, i=i), whole, x), donate_argnums=0)
     stacked = tuple({name: zeros(leaf) for name, leaf in vars(layer).items() if leaf is not None} for layer in wanted.stacked)
     under_scan = c.num_layers - len(wanted.listed)
     listed: dict[str, Any] = {}
     for name, array in found:
         spec = spec_of[name]
-        x = jax.device_put(array if array.dtype == dtype else array.astype(dtype), sharding(target.mesh, spec.axes, first_device(target)))
+        if array.dtype.itemsize > dtype.itemsize:  # made narrower before, and wider after it travels
+            array = array.astype(dtype)
+        # On a CPU an array that is ours alone becomes the weight; a mapped file is copied, once and for all.
+        x = jax.device_put(array, sharding(target.mesh, spec.axes, first_device(target)), may_alias=array.flags.writeable)
+        x = x if x.dtype == dtype else widen(x)
+        del array
         if spec.matrix and settings.quantize == "int8":
             x = round_off(x)
         number, leaf = layer_of(name)
         if number is not None and number < under_scan:
             layer = stacked[number % c.period]
-            layer[leaf] = write(layer[leaf], x, jnp.int32(number // c.period))
+            layer[leaf] = x = write(layer[leaf], x, jnp.int32(number // c.period))
         else:
             listed[name] = x
-        del array, x  # before the next one is read
+        jax.block_until_ready(x)  # what is under way holds memory
+        del x  # before the next one is read
     placed = params_of(listed, c, first=under_scan)
     placed = replace(placed, stacked=tuple(params.Layer(**fields) for fields in stacked))
     return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), placed, wanted)

@@ -10,7 +10,7 @@ import tokenizers
 from safetensors.numpy import save_file
 
 from llminfer.config import ModelConfig, from_toml
-from llminfer.weights.assemble import hf_shapes
+from llminfer.weights.hf_names import stored_tensors
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -25,8 +25,8 @@ def write_model(folder: Path, name: str = "tiny", *, tokenizer: bool = True, see
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     tensors = {
-        key: np.ones(shape, np.float32) if len(shape) == 1 else rng.standard_normal(shape, np.float32) * 0.1
-        for key, shape in hf_shapes(c).items()
+        key: np.ones(t.shape, np.float32) if len(t.shape) == 1 else rng.standard_normal(t.shape, np.float32) * 0.1
+        for key, t in stored_tensors("LlamaForCausalLM", c).items()
     }
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(hf_config(c)))
@@ -50,7 +50,7 @@ def hf_config(c: ModelConfig) -> dict:
         "num_hidden_layers": c.num_layers,
         "num_key_value_heads": c.num_kv_heads,
         "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
+        "rope_theta": c.ropes[0].theta,
         "tie_word_embeddings": c.tie_embeddings,
         "vocab_size": c.vocab_size,
     }

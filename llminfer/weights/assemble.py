@@ -37,7 +37,7 @@ MATRICES = ("qkv", "o", "gate_up", "down")
 SHOWN_DIFFERENCES = 10
 # A transposed copy in square tiles touches each cache line once; whole rows would touch it once an element.
 TILE = 128
-AHEAD_BYTES = 1 << 28  # of leaves that are read while one is being placed: what loading may hold beside the device
+AHEAD_BYTES = 1 << 27  # of leaves that are read while one is being placed: what loading may hold beside the device
 
 
 class Source(Protocol):
@@ -158,8 +158,9 @@ def read_leaves(source: Source, config: ModelConfig, progress: Progress | None =
                 ahead += size
             name, size, future = waiting.popleft()
             ahead -= size
-            yield name, future.result()
-            del future  # the leaf is the caller's alone
+            leaf = [future.result()]
+            del future
+            yield name, leaf.pop()  # the caller's alone
             task.advance(1)
     task.done()
 
