@@ -1,8 +1,11 @@
-"""llminfer.chat_template: the dialect of Hugging Face chat templates, its limits, refusals in one line."""
+"""llminfer.chat_template: conversations of every family as transformers renders them, the dialect of Hugging Face chat
+templates, its limits, refusals in one line."""
 
 from __future__ import annotations
 
 import datetime
+import json
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -27,6 +30,38 @@ def tokenizer(**templates: str) -> Tokenizer:
     return Tokenizer(backend, templates=templates, special={"bos_token": "<|start|>", "eos_token": "<|end|>"})
 
 
+FAMILIES = json.loads((Path(__file__).parent / "goldens" / "chat_families.json").read_text(encoding="utf-8"))
+CASES = [pytest.param(family, case, id=f"{name}-{i}") for name, family in FAMILIES.items() for i, case in enumerate(family["cases"])]
+
+
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_families(family, case):
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.decoder = decoders.ByteLevel()
+    ours = Tokenizer(backend, templates=family["templates"], special={"bos_token": "<s>", "eos_token": "</s>"})
+    before = json.dumps(case["messages"])
+    # transformers begins the assistant's turn only when asked to.
+    arguments = {"add_generation_prompt": False, **case["arguments"]}
+    if "error" in case:
+        with pytest.raises(UserError) as caught:
+            ours.apply_chat(case["messages"], **arguments)
+        assert case["error"] in str(caught.value)
+    else:
+        assert ours.apply_chat(case["messages"], **arguments) == case["text"]
+    assert json.dumps(case["messages"]) == before
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_in_transformers(name):
+    from goldens.make_chat import render, transformers_tokenizer
+
+    theirs = transformers_tokenizer(FAMILIES[name]["templates"])
+    for case in FAMILIES[name]["cases"]:
+        expected = {key: case[key] for key in ("text", "error") if key in case}
+        assert render(theirs, case["messages"], case["arguments"]) == expected
+
+
 def chat(template: str, **kw) -> str:
     return tokenizer(default=template).apply_chat(MESSAGES, **kw)
 
@@ -44,6 +79,8 @@ def test_chat_template():
         ("{{ {'b': 1, 'a': [1]}|tojson(indent=1, sort_keys=true) }}", '{\n "a": [\n  1\n ],\n "b": 1\n}'),
         ("{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}", "023"),
         ("a{% generation %}{{ messages[0].content }}{% endgeneration %}b", "aSb"),
+        ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
+        ("{{ {'a': '<é>'}|tojson(ensure_ascii=true, separators=(',', ':')) }}", '{"a":"<\\u00e9>"}'),
         ("{{ strftime_now('%Y') }}", str(datetime.datetime.now().year)),
         ("{{ tools is none }}{{ tools is defined }}{{ pad_token is defined }}", "TrueTrueFalse"),
         ("  {% if true %}\nx\n  {% endif %}\n", "x\n"),
@@ -93,11 +130,33 @@ def test_no_template():
 
 
 def test_tools_choose_their_template():
-    both = tokenizer(default="plain", tool_use="{{ tools[0]['name'] }}")
-    assert both.apply_chat(MESSAGES) == both.apply_chat(MESSAGES, tools=[]) == "plain"
-    assert both.apply_chat(MESSAGES, tools=[{"name": "search"}]) == "search"
-    with pytest.raises(UserError, match="tools"):
-        both.apply_chat(MESSAGES, tools=["search"])
+    both = tokenizer(default="plain", tool_use="{{ tools|length }}", rag="{{ documents[0].text }}{{ deep }}")
+    assert both.apply_chat(MESSAGES) == "plain"
+    assert [both.apply_chat(MESSAGES, tools=tools) for tools in ([], [{"name": "search"}])] == ["0", "1"]
+    assert both.apply_chat(MESSAGES, tools=[{}], chat_template="default") == "plain"
+    assert both.apply_chat(MESSAGES, documents=[{"text": "x"}], chat_template="rag", deep=True) == "xTrue"
+    for arguments in ({"tools": ["search"]}, {"tools": {}}, {"documents": ["text"]}, {"chat_template": "other"}):
+        with pytest.raises(UserError, match=next(iter(arguments))):
+            both.apply_chat(MESSAGES, **arguments)
+
+
+PART = {"type": "text", "text": "x"}
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, {"role": "assistant", "tool_calls": [{"id": 1}]}),
+        ({"role": "user", "content": [PART, PART]}, {"role": "user", "content": [PART, PART]}),
+        ({"role": "tool", "content": {"a": None}, "name": None}, {"role": "tool", "content": {"a": None}}),
+        (
+            {"role": "assistant", "reasoning": "r"},
+            {"thinking": "r", "role": "assistant", "reasoning": "r", "reasoning_content": "r"},
+        ),
+    ],
+)
+def test_what_a_template_sees_of_a_message(message, shown):
+    assert json.loads(tokenizer(default="{{ messages[-1]|tojson }}").apply_chat([*MESSAGES, message])) == shown
 
 
 @pytest.mark.parametrize(
@@ -110,12 +169,44 @@ def test_tools_choose_their_template():
         ([*MESSAGES, {"role": "user"}], r"messages\[2\]\['content'\]"),
         ([{"content": "x"}], "role"),
         ([{"role": 1, "content": "x"}], "role"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "content"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "content.*image.*text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content"),
+        ([{"role": "user", "content": ["x"]}], "content"),
+        ([{"role": "user", "content": {"type": "text", "text": "x"}}], "content"),
+        ([{"role": "assistant", "content": None, "tool_calls": []}], "content"),
+        ([{"role": "assistant", "content": "", "tool_calls": ["x"]}], "tool_calls"),
     ],
 )
 def test_messages_are_checked(messages, words):
     with pytest.raises(UserError, match=words):
         tokenizer(default=TURNS).apply_chat(messages)
+
+
+ANSWER = [*MESSAGES, {"role": "assistant", "content": "So far "}]
+
+
+def test_the_final_message_is_continued():
+    plain, stripping = tokenizer(default="{{ messages[-1].content }}|"), tokenizer(default="[{{ messages[-1].content|trim }}|")
+    assert plain.apply_chat(ANSWER, continue_final_message=True) == "So far "
+    assert stripping.apply_chat(ANSWER, continue_final_message=True) == "[So far"
+    assert ANSWER[-1]["content"] == "So far "
+    asked = tokenizer(default="{{ add_generation_prompt }}{{ messages[-1].content }}")
+    assert asked.apply_chat(ANSWER, continue_final_message=True) == "FalseSo far "
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "words"),
+    [
+        (TURNS, {"add_generation_prompt": True, "continue_final_message": True}, "add_generation_prompt"),
+        (TURNS, {"continue_final_message": "thinking"}, "no text of that name"),
+        (TURNS, {"continue_final_message": 1}, "bool"),
+        ("{{ messages[0].content }}", {"continue_final_message": True}, "does not write"),
+        ("{{ messages[-1].content[:9] }}", {"continue_final_message": True}, "does not write"),
+    ],
+)
+def test_continuing_is_refused(template, arguments, words):
+    with pytest.raises(UserError, match=words):
+        tokenizer(default=template).apply_chat(ANSWER, **arguments)
 
 
 def test_an_error_of_the_template_names_the_role():
