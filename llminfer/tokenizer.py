@@ -21,7 +21,7 @@ import tokenizers
 
 from llminfer.chat_template import check_dicts, check_messages, one_line, render_chat
 from llminfer.errors import UserError, refuse
-from llminfer.tokenizer_spm import CONTROL, UNUSED, USER_DEFINED, backend, read_model
+from llminfer.tokenizer_spm import CONTROL, UNUSED, USER_DEFINED, build_backend, read_model
 
 MAX_TOKENS = 1 << 21  # entries of a vocabulary, as for ModelConfig.vocab_size
 
@@ -258,8 +258,10 @@ def from_directory(path: str | Path) -> Tokenizer | None:
 
 
 def _load(file: Path) -> tokenizers.Tokenizer:
-    model = _read_json(file).get("model")
-    # The package ends the process on some BPE files with this field, which no language model uses.
+    # The package ends the process on some BPE files with this field, which no language model uses. Reading 30 MB of JSON
+    # only to look for it takes as long as loading: it is done where the text has the field, or letters hidden in escapes.
+    suspect = re.search(r'"continuing_subword_prefix"\s*:\s*[^\sn]|\\u00[2-7]', _read_text(file))
+    model = _read_json(file).get("model") if suspect else None
     if isinstance(model, dict) and model.get("continuing_subword_prefix"):
         raise refuse(f"{file}: continuing_subword_prefix", model["continuing_subword_prefix"], 'not supported; legal: null, ""')
     try:
@@ -292,7 +294,7 @@ def _load_sentencepiece(folder: Path, config: dict[str, Any]) -> tuple[tokenizer
         number = ids.get(name) if token not in tokens else tokens.index(token)
         if config.get(f"add_{name}_token", default) and number is not None:
             place.append(number)
-    return backend(replace(pieces, tokens=tokens, scores=scores, types=types)), affixes
+    return build_backend(replace(pieces, tokens=tokens, scores=scores, types=types)), affixes
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, str, bool]]:

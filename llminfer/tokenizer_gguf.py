@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from llminfer.chat_template import one_line
 from llminfer.errors import UserError, refuse
 from llminfer.tokenizer import MAX_TOKENS, Tokenizer
-from llminfer.tokenizer_spm import CONTROL, UNKNOWN, USER_DEFINED, Pieces, backend
+from llminfer.tokenizer_spm import CONTROL, UNKNOWN, USER_DEFINED, Pieces, build_backend
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
@@ -75,7 +75,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         made = _byte_level_bpe(tokens, types, _array(metadata, "merges", str), pre)
         wanted = {"bos": pre in _WHOLE_WORDS, "eos": False}
     else:
-        made = backend(_pieces(metadata, tokens, types, model == "t5", ids.get("unknown")))
+        made = build_backend(_pieces(metadata, tokens, types, model == "t5", ids.get("unknown")))
         wanted = {"bos": model == "llama", "eos": model == "t5"}
     affixes: tuple[list[int], list[int]] = ([], [])
     for (name, default), place in zip(wanted.items(), affixes, strict=True):

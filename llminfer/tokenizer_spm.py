@@ -46,7 +46,7 @@ class Pieces:
     strip_after: bool = False
 
 
-def backend(pieces: Pieces) -> tokenizers.Tokenizer:
+def build_backend(pieces: Pieces) -> tokenizers.Tokenizer:
     """The vocabulary as a tokenizer of the package. Raises UserError where the package cannot hold it."""
     try:
         made = tokenizers.Tokenizer(_unigram(pieces) if pieces.unigram else _bpe(pieces))

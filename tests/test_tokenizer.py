@@ -197,8 +197,9 @@ def test_damaged_directories(folder, files, words):
 def test_a_field_that_would_end_the_process(folder):
     data = json.loads((folder / "tokenizer.json").read_text())
     data["model"]["continuing_subword_prefix"] = "xyz"
-    with pytest.raises(UserError, match="continuing_subword_prefix"):
-        from_directory(write(folder, tokenizer__json=data))
+    for text in (json.dumps(data), json.dumps(data).replace("continuing", r"\u0063ontinuing")):
+        with pytest.raises(UserError, match="continuing_subword_prefix"):
+            from_directory(write(folder, tokenizer__json=text))
 
 
 def test_a_post_processor_of_unknown_tokens(folder):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llminfer.errors import UserError
 from llminfer.tokenizer import Tokenizer, from_directory
 from llminfer.tokenizer_gguf import from_gguf
-from llminfer.tokenizer_spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces, backend, read_model
+from llminfer.tokenizer_spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces, build_backend, read_model
 
 HEAD = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), ("<turn>", CONTROL), ("<t>", USER_DEFINED)]
 BYTES = [(f"<0x{b:02X}>", BYTE) for b in range(256)]
@@ -218,7 +218,7 @@ def test_a_damaged_model_file_is_one_line(tmp_path_factory, at, put, cut, data):
     file.write_bytes(GOOD[:at] + put + GOOD[at + cut :] if data is None else data)
     try:
         pieces, _ = read_model(file)
-        Tokenizer(backend(pieces)).encode("ab")
+        Tokenizer(build_backend(pieces)).encode("ab")
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 600
 
