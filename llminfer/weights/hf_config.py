@@ -66,7 +66,7 @@ def from_hf(data: dict[str, Any], name: str) -> ModelConfig:
         ropes, sizes["max_position"] = read_ropes(f, family.rope_by_type, sizes["head_dim"], sizes["max_position"])
         if not family.partial_rotary and any(rope.dim is not None for rope in ropes.values()):
             raise refuse("partial_rotary_factor", ropes[FULL].dim, f"a part of a head only: not supported for {architecture}")
-    fields: dict[str, Any] = {**sizes, **_pattern(f, layers, ropes), **family.fields}
+    fields: dict[str, Any] = {**sizes, **_pattern(f, layers, ropes, sizes["max_position"]), **family.fields}
     fields |= {"norm_eps": f.number("rms_norm_eps"), "tie_embeddings": f.flag("tie_word_embeddings")}
     fields |= {"bos_id": next(iter(_tokens(f, "bos_token_id", sizes)), None), "eos_ids": _tokens(f, "eos_token_id", sizes)}
     for flag, switched in family.flags.items():
@@ -130,12 +130,14 @@ def _tokens(f: Fields, name: str, sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple(token for token in tokens if f.has(name) or token < sizes["vocab_size"])
 
 
-def _pattern(f: Fields, layers: Layers, ropes: dict[str, Rope]) -> dict[str, Any]:
-    """windows, ropes, rope_layers: the shortest pattern that gives these layers when it is repeated; ropes in order of first use."""
+def _pattern(f: Fields, layers: Layers, ropes: dict[str, Rope], max_position: int) -> dict[str, Any]:
+    """windows, ropes, rope_layers: the shortest pattern that gives these layers when it is repeated; ropes in order of first use.
+    A window that no position leaves is none."""
     slides = any(kind == SLIDING for kind, _ in layers)
     window = f.integer("sliding_window", 1, LIMITS["max_position"]) if slides else 0
     if window is None:
         raise f.refuse("sliding_window", None, "must be given, since layers slide")
+    window = 0 if window >= max_position else window
     used = list(dict.fromkeys(ropes[kind] for kind, rotary in layers if rotary))
     plan = [(window if kind == SLIDING else 0, used.index(ropes[kind]) if rotary else -1) for kind, rotary in layers]
     period = next(p for p in range(1, len(plan) + 1) if all(plan[i] == plan[i - p] for i in range(p, len(plan))))
