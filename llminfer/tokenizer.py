@@ -21,7 +21,7 @@ import tokenizers
 
 from llminfer.chat_template import check_dicts, check_messages, one_line, render_chat
 from llminfer.errors import UserError, refuse
-from llminfer.tokenizer_spm import CONTROL, UNUSED, USER_DEFINED, build_backend, read_model
+from llminfer.tokenizer_spm import CONTROL, UNUSED, USER_DEFINED, build_backend, package_errors, read_model
 
 MAX_TOKENS = 1 << 21  # entries of a vocabulary, as for ModelConfig.vocab_size
 
@@ -112,7 +112,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             found = text[error.start]
             raise refuse("text", found, f"lone surrogate at character {error.start}; must be valid Unicode") from None
-        ids = self._backend.encode(text, add_special_tokens=add_special).ids
+        with package_errors("tokenizer", "this model's tokenizer is damaged"):
+            ids = self._backend.encode(text, add_special_tokens=add_special).ids
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -264,15 +265,10 @@ def _load(file: Path) -> tokenizers.Tokenizer:
     model = _read_json(file).get("model") if suspect else None
     if isinstance(model, dict) and model.get("continuing_subword_prefix"):
         raise refuse(f"{file}: continuing_subword_prefix", model["continuing_subword_prefix"], 'not supported; legal: null, ""')
-    try:
+    with package_errors(str(file), "must be a tokenizer.json of the tokenizers package"):
         backend = tokenizers.Tokenizer.from_file(str(file))
         backend.encode("")  # a post-processor that names tokens which are not there fails only now
         return backend
-    except BaseException as error:
-        # The package raises bare Exception for what it cannot read; its panics are no Exception, and of a private type.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise refuse(str(file), one_line(error), "must be a tokenizer.json of the tokenizers package") from None
 
 
 def _load_sentencepiece(folder: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, tuple[list[int], list[int]]]:

@@ -12,10 +12,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from llminfer.chat_template import one_line
 from llminfer.errors import UserError, refuse
 from llminfer.tokenizer import MAX_TOKENS, Tokenizer
-from llminfer.tokenizer_spm import CONTROL, UNKNOWN, USER_DEFINED, Pieces, build_backend
+from llminfer.tokenizer_spm import CONTROL, UNKNOWN, USER_DEFINED, Pieces, build_backend, package_errors
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
@@ -115,10 +114,8 @@ def _byte_level_bpe(tokens: list[str], types: list[int], merges: list[str], pre:
             raise refuse("tokenizer.ggml.merges", merge, "must be two tokens with one space between")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     vocab = {token: i for i, token in enumerate(tokens)}
-    try:
+    with package_errors("tokenizer.ggml.merges", "each merge must join two tokens into a third"):
         bpe = models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre in _WHOLE_WORDS)
-    except Exception as error:  # the package raises bare Exception, for a merge whose tokens are unknown
-        raise refuse("tokenizer.ggml.merges", one_line(error), "each merge must join two tokens into a third") from None
     made = tokenizers.Tokenizer(bpe)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
     made.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -8,6 +8,7 @@ Sources: sentencepiece_model.proto and the SentencePiece paper (Kudo and Richard
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 from collections.abc import Iterator
@@ -25,6 +26,18 @@ from llminfer.errors import UserError, refuse
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MAX_MODEL_BYTES = 100_000_000
 MAX_PIECE = 256  # characters of a piece that may be joined from two: the splits of all pieces are listed
+
+
+@contextlib.contextmanager
+def package_errors(field: str, rule: str) -> Iterator[None]:
+    """What the tokenizers package raises inside becomes a UserError: bare Exception for what it cannot read; its panics are no
+    Exception, and of a private type."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise refuse(field, one_line(error), rule) from None
 
 
 @dataclass(frozen=True)
@@ -48,11 +61,9 @@ class Pieces:
 
 def build_backend(pieces: Pieces) -> tokenizers.Tokenizer:
     """The vocabulary as a tokenizer of the package. Raises UserError where the package cannot hold it."""
-    try:
+    with package_errors("tokenizer", "must be a SentencePiece vocabulary"):
         made = tokenizers.Tokenizer(_unigram(pieces) if pieces.unigram else _bpe(pieces))
         steps: list[Any] = [normalizers.Precompiled(pieces.charsmap)] if pieces.charsmap else []
-    except Exception as error:  # the package raises bare Exception
-        raise refuse("tokenizer", one_line(error), "must be a SentencePiece vocabulary") from None
     if pieces.squeeze:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend("▁")] if pieces.space_prefix else []

@@ -257,6 +257,13 @@ def test_first_space_is_dropped_once():
     assert Tokenizer(sentencepiece(decoders.Metaspace())).decode(ids[:3]) == "a a"
 
 
+@pytest.mark.parametrize("steps", [LLAMA2[:1], LLAMA2[:2], [LLAMA2[0], *LLAMA2[2:]], [LLAMA2[0], LLAMA2[2]]])
+def test_shorter_decoders(steps):
+    backend = sentencepiece(decoders.Sequence(steps))
+    ids = backend.encode("a ab a").ids
+    assert Tokenizer(backend).decode(ids) == backend.decode(ids)
+
+
 @pytest.mark.parametrize("decoder", [None, decoders.WordPiece(), decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])])
 def test_other_decoders_are_refused(decoder):
     with pytest.raises(UserError, match="decoder"):

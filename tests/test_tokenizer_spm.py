@@ -121,6 +121,14 @@ def test_unigram_takes_the_likeliest_path():
     assert t5.decode(t5.encode(" abcd  é")) == "abcd é"
 
 
+def test_a_damaged_charsmap_is_one_line():
+    charsmap = list(struct.pack("<II", 4, 0x7FFFFC00) + b"x\0")  # a trie of one node, whose children lie far outside
+    damaged = from_gguf(metadata(model="t5", precompiled_charsmap=charsmap))
+    with pytest.raises(UserError, match="this model's tokenizer is damaged") as caught:
+        damaged.encode("ab")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
