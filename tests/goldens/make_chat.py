@@ -364,23 +364,15 @@ PARTS = [
     {"role": "user", "content": [{"type": "text", "text": " a "}, {"type": "text", "text": "b"}]},
 ]
 PARTS_ANSWERED = [*PARTS, {"role": "assistant", "content": [{"type": "text", "text": "c"}, {"type": "text", "text": "and"}]}]
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": 'The weather at a place, with "quotes" & <signs>, é: a description long enough to be wrapped.',
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "place": {"type": "string", "description": "Köln"},
-                "days": {"type": "array", "items": {"type": "integer"}},
-                "unit": {"type": ["string", "number"]},
-                "more": {"type": "object", "additionalProperties": {"type": "boolean"}},
-            },
-            "required": ["place"],
-        },
-    },
+FIELDS = {
+    "place": {"type": "string", "description": "Köln"},
+    "days": {"type": "array", "items": {"type": "integer"}},
+    "unit": {"type": ["string", "number"]},
+    "more": {"type": "object", "additionalProperties": {"type": "boolean"}},
 }
+ABOUT = 'The weather at a place, with "quotes" & <signs>, é: a description long enough to be wrapped.'
+SCHEMA = {"type": "object", "properties": FIELDS, "required": ["place"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": ABOUT, "parameters": SCHEMA}}
 CLOCK = {"type": "function", "function": {"name": "clock", "description": "Time", "parameters": {"type": "object", "properties": {}}}}
 TOOLS = {"tools": [WEATHER, CLOCK]}
 CALL = {"type": "function", "id": "call12345", "function": {"name": "weather", "arguments": {"place": "Köln <b>"}}}
@@ -390,15 +382,14 @@ CALLED = [
     {"role": "tool", "name": "weather", "tool_call_id": "call12345", "content": '{"rain": true}'},
 ]
 CALLED_JSON = [*CALLED[:1], {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": {"rain": [1, None]}}]
-CALLED_TWICE = [
-    *CALLED[:1],
-    {"role": "assistant", "content": "Both.", "tool_calls": [CALL, {"function": {"name": "clock", "arguments": "{}"}}], "name": None},
-    {"role": "tool", "content": "rain"},
-    {"role": "tool", "content": "noon"},
-]
+BOTH = {"role": "assistant", "content": "Both.", "tool_calls": [CALL, {"function": {"name": "clock", "arguments": "{}"}}], "name": None}
+CALLED_TWICE = [*CALLED[:1], BOTH, {"role": "tool", "content": "rain"}, {"role": "tool", "content": "noon"}]
 REASONED = [*USER, {"role": "assistant", "content": "4", "reasoning": "\n2 and 2\n"}]
 DOCUMENTS = {"documents": [{"title": "One", "text": "first é"}, {"title": "Two", "text": "second"}]}
 PROMPT, OPEN, DATE = {"add_generation_prompt": True}, {"continue_final_message": True}, {"date_string": "26 Jul 2024"}
+
+TODAY = {"today": "May 1, 2025"}
+NO_THINKING = [{"role": "system", "content": "Hi /no_think"}, *TALK[1:]]
 
 FAMILIES: dict[str, tuple[dict[str, str], list[tuple[list[dict[str, Any]], dict[str, Any]]]]] = {
     "chatml": ({"default": CHATML}, [(USER, PROMPT), (TALK, {}), (ANSWERED, OPEN), (PARTS, {})]),
@@ -461,18 +452,13 @@ FAMILIES: dict[str, tuple[dict[str, str], list[tuple[list[dict[str, Any]], dict[
         {"default": GRANITE3},
         [
             (TALK, PROMPT),
-            (USER, {"today": "May 1, 2025", **TOOLS, **DOCUMENTS, **PROMPT}),
-            (USER, {"today": "May 1, 2025", **DOCUMENTS, **PROMPT, "controls": {"citations": True, "length": "é"}}),
+            (USER, {**TODAY, **TOOLS, **DOCUMENTS, **PROMPT}),
+            (USER, {**TODAY, **DOCUMENTS, **PROMPT, "controls": {"citations": True, "length": "é"}}),
         ],
     ),
     "smollm3": (
         {"default": SMOLLM3},
-        [
-            (TALK, PROMPT),
-            ([{"role": "system", "content": "Hi /no_think"}, *TALK[1:]], PROMPT),
-            (USER, {**PROMPT, "enable_thinking": False, "xml_tools": [CLOCK]}),
-            (CALLED, TOOLS),
-        ],
+        [(TALK, PROMPT), (NO_THINKING, PROMPT), (USER, {**PROMPT, "enable_thinking": False, "xml_tools": [CLOCK]}), (CALLED, TOOLS)],
     ),
     "olmo2": ({"default": OLMO2}, [(TALK, PROMPT), (TALK[:3], {}), (TALK, {"bos_token": "<other>"})]),
     "deepseek": ({"default": DEEPSEEK}, [(TALK, PROMPT), (TALK[:1] * 2 + CALLED, {}), (ANSWERED, OPEN)]),
