@@ -147,7 +147,6 @@ def test_an_installed_package_is_used_and_not_imported(carrier, tmp_path, monkey
         ("no/such/path", "there is no such path; legal: demo"),
         ("nonsense", "there is no such path; legal: demo"),
         ("missing.gguf", "missing.gguf: cannot be read (No such file or directory)"),
-        ("HuggingFaceTB/SmolLM2-135M", "downloads from the hub are not supported in this version"),
         ("config:none_such", "config='none_such'"),
         ("config:../x", "config='../x'"),
     ],
