@@ -386,9 +386,9 @@ BOTH = {"role": "assistant", "content": "Both.", "tool_calls": [CALL, {"function
 CALLED_TWICE = [*CALLED[:1], BOTH, {"role": "tool", "content": "rain"}, {"role": "tool", "content": "noon"}]
 REASONED = [*USER, {"role": "assistant", "content": "4", "reasoning": "\n2 and 2\n"}]
 DOCUMENTS = {"documents": [{"title": "One", "text": "first é"}, {"title": "Two", "text": "second"}]}
-PROMPT, OPEN, DATE = {"add_generation_prompt": True}, {"continue_final_message": True}, {"date_string": "26 Jul 2024"}
+PROMPT, OPEN = {"add_generation_prompt": True}, {"continue_final_message": True}
+DATE, TODAY = {"date_string": "26 Jul 2024"}, {"today": "May 1, 2025"}
 
-TODAY = {"today": "May 1, 2025"}
 NO_THINKING = [{"role": "system", "content": "Hi /no_think"}, *TALK[1:]]
 
 FAMILIES: dict[str, tuple[dict[str, str], list[tuple[list[dict[str, Any]], dict[str, Any]]]]] = {
@@ -433,10 +433,7 @@ FAMILIES: dict[str, tuple[dict[str, str], list[tuple[list[dict[str, Any]], dict[
     ),
     "gemma3": ({"default": GEMMA3}, [(TALK, PROMPT), (PARTS, PROMPT), (USER * 2, {}), (PARTS_ANSWERED, OPEN), (TALK[:3], {})]),
     "phi3": ({"default": PHI3}, [(TALK, PROMPT), (USER, {})]),
-    "phi4": (
-        {"default": PHI4},
-        [(TALK, PROMPT), ([{"role": "system", "content": "S", "tools": "[]"}, *USER], {}), ([{**TALK[0], "tools": None}, *USER], {})],
-    ),
+    "phi4": ({"default": PHI4}, [(TALK, PROMPT), ([{**TALK[0], "tools": "[]"}, *USER], {}), ([{**TALK[0], "tools": None}, *USER], {})]),
     "command-r": (
         {"default": COMMAND_R, "tool_use": COMMAND_R_TOOLS, "rag": COMMAND_R_RAG},
         [
