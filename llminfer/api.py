@@ -61,15 +61,16 @@ class LLM:
             raise refuse("prompt", prompt, "must be a str or a list of token ids")
         return prompt
 
-    def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation in the model's chat template, ready for the model's turn."""
+    def chat_prompt(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
+        """Token ids of a conversation in the model's chat template, ready for the model's turn. variables: see
+        Tokenizer.apply_chat: tools, documents, continue_final_message, chat_template, and the template's own."""
         tokenizer = self._tokenizer("chat")
-        return tokenizer.encode(tokenizer.apply_chat(messages), add_special=False)
+        return tokenizer.encode(tokenizer.apply_chat(messages, **variables), add_special=False)
 
     def _tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:
             where = self.checkpoint.directory
-            missing = f"{where / 'tokenizer.json'} is missing" if where else f"{self.checkpoint.source} has none"
+            missing = f"{where / 'tokenizer.json'} (or tokenizer.model) is missing" if where else f"{self.checkpoint.source} has none"
             raise UserError(f"{what} needs a tokenizer: {missing}; token ids work without")
         return self.tokenizer
 
@@ -94,12 +95,12 @@ class LLM:
         return [self.output(sequences) for sequences in requests]
 
     def chat(
-        self, messages: list[dict[str, Any]] | list[list[dict[str, Any]]], params: SamplingParams | None = None
+        self, messages: list[dict[str, Any]] | list[list[dict[str, Any]]], params: SamplingParams | None = None, **variables: Any
     ) -> list[RequestOutput]:
-        """Answers one conversation, or many: each a list of {"role", "content"} messages."""
+        """Answers one conversation, or many: each a list of {"role", "content"} messages. variables: see chat_prompt."""
         many = bool(messages) and isinstance(messages[0], list)
         talks: Any = messages if many else [messages]
-        return self.generate([self.chat_prompt(talk) for talk in talks], params)
+        return self.generate([self.chat_prompt(talk, **variables) for talk in talks], params)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Yields the text of one completion piece by piece, never half a character."""

@@ -32,11 +32,11 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
     for number, weights in enumerate(params.listed, start=done):
         group = c.groups.index(c.window(number))
         place = c.group_layers(group).index(number)
-        kind = dict(group=group, rope=c.rope(number))
+        kind = (group, c.rope(number))
         if params.stacked:
-            x, groups[group] = layer(weights, x, groups[group], jnp.int32(place), **kind)
+            x, groups[group] = layer(weights, x, groups[group], jnp.int32(place), kind=kind)
         else:  # listed cache: one array a layer
-            x, own = layer(weights, x, groups[group][place], jnp.int32(0), **kind)
+            x, own = layer(weights, x, groups[group][place], jnp.int32(0), kind=kind)
             groups[group] = (*groups[group][:place], own, *groups[group][place + 1 :])
     with jax.named_scope("final_norm"):
         return norm(x, params.final_norm, params.final_norm_bias, c), KVCache(tuple(groups))
@@ -64,7 +64,7 @@ def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], la
         for place in range(period):
             group = windows[place]
             index = repeat * share[group] + windows[:place].count(group)
-            x, own = layer(weights[place], x, caches[group], index, group=group, rope=c.rope(place))
+            x, own = layer(weights[place], x, caches[group], index, kind=(group, c.rope(place)))
             caches = (*caches[:group], own, *caches[group + 1 :])
         return (x, caches), None
 
@@ -73,10 +73,11 @@ def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], la
     return x, list(caches)
 
 
-@functools.partial(jax.jit, static_argnames=("c", "target", "q_max", "group", "rope"))
-def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, target: Target, q_max: int, group: int, rope: int):
-    """One decoder layer on x [T, D]; `index` is the layer's place in kv; rope: which of ropes, -1 for none. An inner jit:
-    equal layers trace once."""
+@functools.partial(jax.jit, static_argnames=("c", "target", "q_max", "kind"))
+def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, target: Target, q_max: int, kind: tuple[int, int]):
+    """One decoder layer on x [T, D]; `index` is the layer's place in kv; kind: its page group, and which of ropes it uses (-1:
+    none). An inner jit: equal layers trace once."""
+    group, rope = kind
     add = lambda x, y: x + (y if c.residual_scale == 1 else y * jnp.asarray(c.residual_scale, y.dtype))
     y = norm(x, w.attn_norm, w.attn_norm_bias, c) if c.pre_norm else x
     with jax.named_scope("attention"):

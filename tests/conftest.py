@@ -39,6 +39,7 @@ NEEDS = {"tpu_compile": ("libtpu",), "parity": ("torch", "transformers")}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--demo", action="store_true", help="fetch the demo model if it is not there yet (CI does)")
+    parser.addoption("--gemma", help="Gemma 3 270M as a Q4_K_M GGUF file, for the parity tests that need it")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
