@@ -14,12 +14,14 @@ from llminfer.progress import Progress, Task, start
 
 # org/name, or org/name@revision: a branch, a tag or a commit.
 ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
-# No code and no pickles. The pattern of shards leaves out other forms of the same weights ("consolidated", "original/", "onnx/").
-FILES = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
-    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
+# What a tokenizer is read from, and the end tokens.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
+# No code and no pickles. The pattern of shards leaves out other forms of the same weights ("consolidated", "original/", "onnx/").
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+FILES = ("config.json", *TOKENIZER_FILES, *WEIGHT_FILES)
 TIMEOUT = 10.0  # seconds without an answer after which the hub counts as out of reach
 
 
@@ -73,7 +75,7 @@ def _listing(model: str, repo: str, revision: str | None) -> tuple[dict[str, int
 
 def _check_files(model: str, names: list[str]) -> None:
     """Refuses a repository without the files that we need, before anything is downloaded."""
-    if "config.json" in names and any(fnmatch.fnmatch(name, pattern) for name in names for pattern in FILES[-3:]):
+    if "config.json" in names and any(fnmatch.fnmatch(name, pattern) for name in names for pattern in WEIGHT_FILES):
         return
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         shown = ", ".join(ggufs[:5]) + (f" and {len(ggufs) - 5} more" if len(ggufs) > 5 else "")
