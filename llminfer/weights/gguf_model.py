@@ -40,7 +40,9 @@ SIZES = {
     **{"num_heads": "attention.head_count", "max_position": "context_length"},
 }
 # Keys of an architecture that say nothing about its logits.
-HARMLESS = re.compile(r"vocab_size|tensor_data_layout|pooling_type|rope\.scaling\.finetuned|(mm|vision)\..*")
+HARMLESS = re.compile(
+    r"vocab_size|tensor_data_layout|pooling_type|attention\.layer_norm_(rms_)?epsilon|rope\.scaling\.finetuned|(mm|vision)\..*"
+)
 
 
 class Fields:
@@ -405,7 +407,8 @@ class GgufSource:
             return dequantize(kind, values)
         if self._config.norm_offset and leaf.endswith("norm"):
             # Conversion adds the offset to the weights of norms, for code that knows of none.
-            return values.astype(np.float32) - np.float32(self._config.norm_offset)
+            with np.errstate(all="ignore"):
+                return values.astype(np.float32) - np.float32(self._config.norm_offset)
         return values
 
     def _half_split(self) -> np.ndarray:
