@@ -157,6 +157,12 @@ def run_case(path: Path, rng: random.Random, found: Found) -> str:
     return wrong
 
 
+def write(path: Path, data: bytes) -> None:
+    # Some file systems write a file out when it is truncated and written again; a new one may stay in memory.
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
 def fuzz(cases: int, seed: int, folder: Path, first: int = 0) -> Found:
     """Runs cases `first` to `first + cases`; files are written to `folder`, and those of failures are kept there."""
     made = bases()
@@ -164,7 +170,7 @@ def fuzz(cases: int, seed: int, folder: Path, first: int = 0) -> Found:
     headers = [len(gguf_bytes(metadata, {name: (s, k, b"") for name, (s, k, _) in tensors.items()})) for metadata, tensors in made]
     parts = [folder / f"split-{i + 1:05}-of-00002.gguf" for i in range(2)]
     for data in whole:  # what is damaged later is whole now
-        (folder / "case.gguf").write_bytes(data)
+        write(folder / "case.gguf", data)
         open_all(folder / "case.gguf", random.Random(seed))
     found = Found()
     tracemalloc.start()
@@ -182,11 +188,11 @@ def fuzz(cases: int, seed: int, folder: Path, first: int = 0) -> Found:
                 data = [gguf_bytes(*base) for base in both]
                 data[damaged] = bytes(change_bytes(rng, bytearray(data[damaged]), whole[which], headers[which]))
                 for part, content in zip(parts, data, strict=True):
-                    part.write_bytes(content)
+                    write(part, content)
             elif number % 10 < 5:
-                path.write_bytes(change_meaning(rng, made[which]))
+                write(path, change_meaning(rng, made[which]))
             else:
-                path.write_bytes(change_bytes(rng, bytearray(whole[which]), rng.choice(whole), headers[which]))
+                write(path, change_bytes(rng, bytearray(whole[which]), rng.choice(whole), headers[which]))
             if wrong := run_case(path, rng, found):
                 found.failures.append(f"case {number}: {wrong}")
                 path.rename(folder / f"failed-{number}.gguf")
