@@ -47,6 +47,7 @@ def _fields(c: ModelConfig, architecture: str, family: Family) -> dict[str, Any]
         **{"vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size},
         **{"num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads, "max_position_embeddings": c.max_position},
         **{"rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tie_embeddings, "bos_token_id": c.bos_id},
+        "pad_token_id": None,  # the default of some classes is beyond a small vocabulary
         "eos_token_id": c.eos_ids[0] if len(c.eos_ids) == 1 else list(c.eos_ids) or None,
         "hidden_activation" if family.more is hf_config._gemma else "hidden_act": ACTIVATIONS[c.activation],
     }
@@ -70,11 +71,9 @@ def _layers(c: ModelConfig, family: Family) -> dict[str, Any]:
     if family.layers not in (hf_config._alternating, hf_config._qwen, hf_config._rope_where_sliding, hf_config._smollm3):
         return {}
     rotary = {"no_rope_layers": [int(c.rope(i) >= 0) for i in range(c.num_layers)]} if family.layers is hf_config._smollm3 else {}
-    if not window:
-        return {**rotary, "sliding_window": None}
     types = [SLIDING if c.window(i) else FULL for i in range(c.num_layers)]
-    switch = {"use_sliding_window": True} if family.layers in (hf_config._qwen, hf_config._smollm3) else {}
-    return {**rotary, **switch, "sliding_window": window, "layer_types": types}
+    switch = {"use_sliding_window": window > 0} if family.layers in (hf_config._qwen, hf_config._smollm3) else {}
+    return {**rotary, **switch, "sliding_window": window or None, "layer_types": types}
 
 
 def _ropes(c: ModelConfig, family: Family) -> dict[str, Any]:
@@ -112,7 +111,8 @@ def _scaling(rope: Rope) -> dict[str, Any]:
 
 
 def _gemma(c: ModelConfig) -> dict[str, Any]:
-    return {"query_pre_attn_scalar": c.head_dim if c.attn_scale is None else round(c.attn_scale**-2, 6)}
+    scalar = c.head_dim if c.attn_scale is None else round(c.attn_scale**-2, 6)
+    return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
 
 
 # Architecture -> what its functions in hf_config read beside the tables.
