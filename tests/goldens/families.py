@@ -100,7 +100,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": (
         "Olmo3ForCausalLM",
         {**RMS, "num_hidden_layers": 6, "sliding_window": WINDOW}
-        | {"rope_parameters": {"full_attention": {**YARN, "attention_factor": 1.2}, "sliding_attention": default_rope(10000.0)}},
+        | {
+            "rope_parameters": {
+                "full_attention": {**YARN, "rope_theta": 5e5, "attention_factor": 1.2},
+                "sliding_attention": default_rope(5e5),
+            }
+        },
     ),
     "smollm3": ("SmolLM3ForCausalLM", {**RMS, "num_hidden_layers": 5, "rope_parameters": default_rope(900.0)}),
     "smollm3_window": (
@@ -221,7 +226,8 @@ def to_v4(config: dict[str, Any], architecture: str = "") -> dict[str, Any]:
     old = dict(config)
     if "text_config" in config:
         return old | {"text_config": to_v4(config["text_config"], "Gemma3ForCausalLM")}
-    old |= {"torch_dtype": old.pop("dtype", "float32"), "transformers_version": "4.49.0"}
+    if "dtype" in old:
+        old["torch_dtype"] = old.pop("dtype")
     if architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Cohere2ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         del old["layer_types"]
     if architecture == "Cohere2ForCausalLM":
@@ -242,7 +248,8 @@ def to_v4(config: dict[str, Any], architecture: str = "") -> dict[str, Any]:
         old["rotary_pct" if neox else "partial_rotary_factor"] = partial
     kind = rope.pop("rope_type")
     if kind == "longrope":
-        kind = "su"
         del rope["original_max_position_embeddings"]
-    old["rope_scaling"] = None if kind == "default" else {"rope_type" if kind == "llama3" else "type": kind, **rope}
+    # "type" came first; transformers 5 no longer understands it where layer types have ropes of their own.
+    key = "rope_type" if kind == "llama3" or architecture in ("Gemma3ForCausalLM", "Olmo3ForCausalLM") else "type"
+    old["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
     return old
