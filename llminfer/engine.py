@@ -165,9 +165,12 @@ class Engine:
         most = self.settings.decode_steps
         if watched and self._step_s:
             most = max(1, min(most, int(STREAM_INTERVAL / self._step_s)))
-        plan = self.scheduler.schedule(most)
+        late = self.scheduler.expire(time.perf_counter())
+        for seq in late:
+            self._show(seq)
+        plan = self.scheduler.schedule(most, watched=watched)
         if plan is None:
-            return []
+            return late
         kind = "decode" if plan.steps else "mixed"
         program = self._fit(self._decode, len(plan.items)) if plan.steps else self._fit(self._mixed, sum(i.count for i in plan.items))
         compiled = self.programs.get(program)
@@ -180,7 +183,7 @@ class Engine:
         touched = self.scheduler.commit(plan, drawn)
         for seq in touched:
             self._show(seq)
-        return touched
+        return late + touched
 
     def _run(self, compiled: Any, program: Program, plan: Plan) -> list[list[int]]:
         batch = pack(plan.items, program.shape)
@@ -211,7 +214,8 @@ class Engine:
     def _show(self, seq: Sequence) -> None:
         """Turns new tokens into text; a stop string in it ends the sequence at that token."""
         now = time.perf_counter()
-        seq.first_time = seq.first_time or now
+        if seq.output:
+            seq.first_time = seq.first_time or now
         seq.last_time = now
         while seq.printed < len(seq.output):
             token = seq.output[seq.printed]

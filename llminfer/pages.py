@@ -62,6 +62,7 @@ class Pages:
     def __init__(self, windows: tuple[int, ...], totals: tuple[int, ...], page_size: int, *, prefix_cache: bool):
         self.page_size = page_size
         self.prefix_cache = prefix_cache
+        self.under_way: dict[bytes, Sequence] = {}  # digest of a page that is being computed -> by whom
         self.groups = [Group(window, total) for window, total in zip(windows, totals, strict=True)]
 
     @staticmethod
@@ -94,6 +95,18 @@ class Pages:
         seq.findable = known
         return tokens
 
+    def awaits(self, seq: Sequence, found: int) -> bool:
+        """Whether the page after the first `found` tokens, cached already, is just being computed by another sequence."""
+        known, page = (seq.length - 1) // self.page_size, found // self.page_size
+        return self.prefix_cache and page < known and self._digests(seq, known)[page] in self.under_way
+
+    def begin(self, seq: Sequence) -> None:
+        """An admitted sequence will compute the rest of its full pages: others that need them may wait."""
+        if self.prefix_cache:
+            full = seq.length // self.page_size
+            for digest in self._digests(seq, full)[seq.findable : full]:
+                self.under_way.setdefault(digest, seq)
+
     def _window_known(self, group: Group, digests: list[bytes], known: int) -> bool:
         start = group.first_seen(known * self.page_size) // self.page_size
         return all(digest in group.page_of for digest in digests[start:known])
@@ -118,6 +131,7 @@ class Pages:
                 for i in range(seq.findable, full):
                     if pages[i] >= 0:
                         group.remember(pages[i], digests[i])
+            self._no_longer(seq, full)
             seq.findable = full
         for group, pages in zip(self.groups, seq.pages, strict=True):
             for i in range(group.first_seen(seq.computed) // self.page_size - 1, -1, -1):
@@ -132,8 +146,15 @@ class Pages:
             for page in reversed(pages):
                 if page >= 0:
                     group.drop(page)
+        self._no_longer(seq, len(seq.hashes))
         seq.pages = []
         seq.findable = 0
+
+    def _no_longer(self, seq: Sequence, full: int) -> None:
+        """Takes back what `begin` said of the sequence's pages up to page `full`."""
+        for digest in seq.hashes[seq.findable : full]:
+            if self.under_way.get(digest) is seq:
+                del self.under_way[digest]
 
     def forget(self, seq: Sequence) -> None:
         """What this sequence computed is not to be found again (its numbers went bad)."""

@@ -19,8 +19,6 @@ _LATER: dict[str, Any] = {
     "min_tokens": 0,
     "logprobs": None,
     "prompt_logprobs": None,
-    "priority": 0,
-    "deadline_s": None,
 }
 MAX_STOPS = 16
 
@@ -30,7 +28,8 @@ class SamplingParams:
     """How to generate. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. stop: strings that end the text
     (not included in it); stop_token_ids end it too, beside the model's own end tokens unless ignore_eos. seed: any int64;
     without one a fresh one is drawn and reported in the output. n: independent samples of one prompt. cache_salt:
-    prompts share cached pages only within one salt. A parameter that cannot be honoured is refused by name."""
+    prompts share cached pages only within one salt. priority: lower is served first. deadline_s: seconds from submission
+    after which the request ends with "abort" and what it has. A parameter that cannot be honoured is refused by name."""
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -64,6 +63,9 @@ class SamplingParams:
         require_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         require_integer("top_k", self.top_k, 0, 2**31 - 1)
         require_integer("n", self.n, 1, 1024)
+        require_integer("priority", self.priority, -(2**31), 2**31 - 1)
+        if self.deadline_s is not None:
+            _number("deadline_s", self.deadline_s, 0.0, 1e9)
         if self.seed is not None:
             require_integer("seed", self.seed, -(2**63), 2**63 - 1)
         _number("temperature", self.temperature, 0.0, 1000.0)
@@ -201,6 +203,8 @@ class Sequence:
     printed: int = 0  # tokens that have gone into it
     cached: int = 0
     preemptions: int = 0
+    order: int = 0  # of arrival
+    overtaken: int = 0  # how many later arrivals were admitted before it
     first_time: float | None = None
     last_time: float | None = None
 

@@ -1,17 +1,23 @@
 """What the next step does: which sequences, how many tokens of each, how many decode steps. Imports no jax.
 
-First come, first served through a fixed number of slots. A step either mixes chunks of prompts with one token of every
-decoding sequence, or, when no prompt is under way, is a loop of decode steps. Admission is optimistic: it takes the
-pages of the prompt; when pages run out the latest sequence gives its pages back and is computed again later.
+A step either mixes chunks of prompts with one token of every decoding sequence, or, when no prompt is under way, is a loop of
+decode steps. Sequences rank by priority (lower first), then by arrival; one that was overtaken too often comes first. Admission is
+optimistic: it takes the pages of the prompt; when pages run out the sequence of the last rank gives its pages back and is computed
+again later. A sequence whose next prefix page is just being computed by another waits for it.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 from llminfer.pages import Pages
 from llminfer.request import FinishReason, Sequence
+
+
+# Later arrivals that may be admitted before a waiting sequence; then it is first, whatever its priority.
+PATIENCE = 32
+# Prompt tokens a step beside sequences that decode, where a whole chunk would keep those waiting again and again.
+SMALL_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -43,26 +49,35 @@ class Scheduler:
         self.pages = pages
         self.chunk = chunk
         self.decode_steps = decode_steps
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
         self.free_slots = list(range(slots))[::-1]
         self.preemptions = 0
         self.prefix_hit_tokens = 0
+        self.arrivals = 0
 
     def add(self, seq: Sequence) -> None:
+        seq.order = self.arrivals
+        self.arrivals += 1
         self.waiting.append(seq)
+
+    @staticmethod
+    def _rank(seq: Sequence) -> tuple[bool, int, int]:
+        return seq.overtaken < PATIENCE, seq.request.params.priority, seq.order
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def schedule(self, most: int | None = None) -> Plan | None:
-        """The next step, its pages reserved; None when nothing is left to do. most: a shorter decode loop this time."""
+    def schedule(self, most: int | None = None, *, watched: bool = False) -> Plan | None:
+        """The next step, its pages reserved; None when nothing is left to do. most: a shorter decode loop this time. watched:
+        someone reads along, so keep the gaps between tokens short."""
         self._admit()
         if not self.running:
             return None
+        self.running.sort(key=self._rank)
         if any(self._prefilling(seq) for seq in self.running):
-            return self._mixed()
+            return self._mixed(watched)
         return self._decode(min(self.decode_steps, most or self.decode_steps))
 
     def commit(self, plan: Plan, drawn: list[list[int]]) -> list[Sequence]:
@@ -83,6 +98,17 @@ class Scheduler:
             if tokens:
                 touched.append(seq)
         return touched
+
+    def expire(self, now: float) -> list[Sequence]:
+        """Ends the sequences whose deadline has passed at time `now` of the clock that stamped their arrival; returns them."""
+        late = [
+            seq
+            for seq in (*self.waiting, *self.running)
+            if (limit := seq.request.params.deadline_s) is not None and now - seq.request.arrived > limit
+        ]
+        for seq in late:
+            self._finish(seq, FinishReason.ABORT)
+        return late
 
     def end(self, seq: Sequence, reason: FinishReason) -> None:
         """Ends a sequence from outside the token stream, wherever it is: a stop string, the caller. Nothing if it has ended."""
@@ -122,24 +148,42 @@ class Scheduler:
         return seq.length - seq.computed > 1
 
     def _admit(self) -> None:
-        while self.waiting and self.free_slots:
-            seq = self.waiting[0]
+        """Gives slots to waiting sequences by rank. One that has no pages keeps those behind it from taking them; one that
+        waits for a page of another does not."""
+        if not (self.waiting and self.free_slots):
+            return
+        self.waiting.sort(key=self._rank)
+        for seq in list(self.waiting):
+            if not self.free_slots:
+                return
             found = self.pages.match(seq)
+            if self.pages.awaits(seq, found):
+                self.pages.release(seq)
+                continue
             if not self.pages.reserve(seq, found, ahead=seq.length):
                 self.pages.release(seq)
                 return
-            self.waiting.popleft()
-            seq.computed = found
-            if not seq.preemptions:
-                seq.cached = found
-                self.prefix_hit_tokens += found
-            seq.slot = self.free_slots.pop()
-            self.running.append(seq)
+            self._enter(seq, found)
 
-    def _mixed(self) -> Plan:
-        """One token of each decoding sequence, then prompts in order of arrival until the chunk is full."""
+    def _enter(self, seq: Sequence, found: int) -> None:
+        self.waiting.remove(seq)
+        for other in self.waiting:
+            other.overtaken += other.order < seq.order
+        self.pages.begin(seq)
+        seq.computed = found
+        if not seq.preemptions:
+            seq.cached = found
+            self.prefix_hit_tokens += found
+        seq.slot = self.free_slots.pop()
+        self.running.append(seq)
+
+    def _mixed(self, watched: bool) -> Plan:
+        """One token of each decoding sequence, and prompts by rank until the chunk is full. The chunk is small where others would
+        have to wait for it many times (a long prompt), or someone watches them."""
         items: list[Item] = []
-        left = self.chunk
+        rest = [seq.length - seq.computed for seq in self.running]
+        stalls = min(rest) == 1 and (watched or max(rest) > self.chunk)
+        left = min(SMALL_CHUNK, self.chunk) if stalls else self.chunk
         for seq in list(self.running):
             if seq.slot < 0:
                 continue  # preempted by an earlier one
@@ -165,10 +209,10 @@ class Scheduler:
         return Plan(tuple(items), steps=max(item.draws for item in items), eager=bool(self.waiting))
 
     def _reserve(self, seq: Sequence, tokens: int, items: list[Item]) -> bool:
-        """Reserves pages, taking them from the sequences admitted last where it must, never from one already planned."""
+        """Reserves pages, taking them from the sequence of the last rank where it must, never from one already planned."""
         planned = {id(item.seq) for item in items}
         while not self.pages.reserve(seq, tokens):
-            victim = next(s for s in reversed(self.running) if id(s) not in planned)
+            victim = max((s for s in self.running if id(s) not in planned), key=self._rank)
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -179,4 +223,4 @@ class Scheduler:
         seq.computed = 0
         seq.preemptions += 1
         self.preemptions += 1
-        self.waiting.appendleft(seq)
+        self.waiting.append(seq)

@@ -1,4 +1,4 @@
-"""Pages and Scheduler without a device: ownership, prefix hits, windows, preemption, and 3,000 random operations."""
+"""Pages and Scheduler without a device: ownership, prefix hits, windows, ranks, preemption, and 12,000 random operations."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 
 from llminfer.pages import Pages
 from llminfer.request import FinishReason, Request, SamplingParams, Sequence
-from llminfer.scheduler import Plan, Scheduler
+from llminfer.scheduler import PATIENCE, SMALL_CHUNK, Plan, Scheduler
 
 PAGE = 8
 
 
-def sequence(prompt: list[int], limit: int = 4, salt: str = "") -> Sequence:
-    params = SamplingParams(max_tokens=limit, cache_salt=salt)
+def sequence(prompt: list[int], limit: int = 4, salt: str = "", **more) -> Sequence:
+    params = SamplingParams(max_tokens=limit, cache_salt=salt, **more)
     return Sequence(Request(prompt, params, 0, limit, frozenset({0}), 0.0), 0, None)
 
 
@@ -29,6 +29,7 @@ def check(pages: Pages, sequences: list[Sequence]) -> None:
         assert owned == group.count
         assert set(group.free) == {page for page, count in enumerate(group.count) if count == 0}
         assert {digest: page for page, digest in group.hash_of.items()} == group.page_of
+    assert all(any(seq is owner for seq in sequences) and owner.pages for owner in pages.under_way.values())
 
 
 def serve(scheduler: Scheduler, token: int = 7) -> list[Plan]:
@@ -109,6 +110,80 @@ def test_numbers_that_went_bad_are_not_found_again() -> None:
     assert pages.match(sequence(list(range(1, 33)))) == 0
 
 
+def test_a_common_prefix_is_computed_once() -> None:
+    """64 requests at once through 8 slots, 1,000 common tokens and tails of at most 16."""
+    pages = Pages((0,), (8 * 80,), 16, prefix_cache=True)
+    scheduler = Scheduler(pages, slots=8, chunk=256, decode_steps=8)
+    draw = random.Random(0)
+    common = [draw.randrange(1, 50) for _ in range(1000)]
+    sequences = [sequence(common + [draw.randrange(1, 50) for _ in range(draw.randrange(1, 17))]) for _ in range(64)]
+    other = sequence(common, salt="tenant")
+    for seq in (*sequences, other):
+        scheduler.add(seq)
+    plans = serve(scheduler)
+    work = sum(item.count for plan in plans if not plan.steps for item in plan.items if item.count > 1)
+    asked = sum(len(seq.request.prompt) for seq in (*sequences, other))
+    assert other.cached == 0 and work - 1000 < 0.1 * (asked - 1000)
+    assert not pages.under_way and pages.free == pages.total
+
+
+def test_priority_comes_first_but_starves_nobody() -> None:
+    pages = Pages((0,), (64,), PAGE, prefix_cache=False)
+    scheduler = Scheduler(pages, slots=1, chunk=16, decode_steps=8)
+    patient = sequence([1] * 5, priority=5)
+    scheduler.add(patient)
+    hurried = [sequence([2] * 5, priority=-1) for _ in range(3 * PATIENCE)]
+    for seq in hurried:
+        scheduler.add(seq)
+    ended: list[Sequence] = []
+    while (plan := scheduler.schedule()) is not None:
+        scheduler.commit(plan, [[7] * item.draws for item in plan.items])
+        ended += [seq for seq in (patient, *hurried) if seq.finish and not any(seq is e for e in ended)]
+    assert ended.index(patient) == PATIENCE and ended[:PATIENCE] == hurried[:PATIENCE]
+
+
+def test_pages_are_taken_from_the_last_rank() -> None:
+    pages = Pages((0,), (8,), PAGE, prefix_cache=False)
+    scheduler = Scheduler(pages, slots=2, chunk=32, decode_steps=16)
+    low, high = sequence([1] * 20, limit=40, priority=1), sequence([2] * 20, limit=40)
+    scheduler.add(low)
+    scheduler.commit(plan := scheduler.schedule(), [[7] * item.draws for item in plan.items])
+    scheduler.add(high)
+    serve(scheduler)
+    assert low.preemptions and not high.preemptions
+    assert len(low.output) == len(high.output) == 40
+
+
+def test_a_long_prompt_keeps_nobody_waiting_long() -> None:
+    pages = Pages((0,), (256,), PAGE, prefix_cache=False)
+    scheduler = Scheduler(pages, slots=2, chunk=128, decode_steps=8)
+    short, long = sequence([1] * 100, limit=400), sequence([2] * 1000)
+    scheduler.add(short)
+    first = scheduler.schedule()
+    assert first.items[0].count == 100  # nobody decodes: the whole chunk
+    scheduler.commit(first, [[7]])
+    scheduler.add(long)
+    while len(long.output) < 1:
+        plan = scheduler.schedule()
+        chunks = [item.count for item in plan.items if item.seq is long]
+        assert len(plan.items) == 2 and chunks[0] <= (SMALL_CHUNK if 1000 - long.computed > 128 else 128)
+        scheduler.commit(plan, [[7] * item.draws for item in plan.items])
+
+
+def test_a_deadline_ends_a_sequence_wherever_it_is() -> None:
+    pages = Pages((0,), (64,), PAGE, prefix_cache=True)
+    scheduler = Scheduler(pages, slots=1, chunk=16, decode_steps=8)
+    runs, waits, stays = sequence([1] * 50, deadline_s=5.0), sequence([2] * 5, deadline_s=5.0), sequence([3] * 5)
+    for seq in (runs, waits, stays):
+        scheduler.add(seq)
+    scheduler.commit(plan := scheduler.schedule(), [[] for _ in plan.items])
+    assert scheduler.expire(4.9) == []
+    assert scheduler.expire(5.1) == [waits, runs]
+    assert runs.finish is waits.finish is FinishReason.ABORT and not pages.under_way
+    serve(scheduler)
+    assert stays.finish is FinishReason.LENGTH and pages.free == pages.total
+
+
 @pytest.mark.parametrize("windows", [(0,), (16,), (0, 16)])
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_random_operations_keep_the_books(windows: tuple[int, ...], prefix_cache: bool) -> None:
@@ -117,10 +192,10 @@ def test_random_operations_keep_the_books(windows: tuple[int, ...], prefix_cache
     pages = Pages(windows, tuple(4 * need if w else 24 for w in windows), PAGE, prefix_cache=prefix_cache)
     scheduler = Scheduler(pages, slots=4, chunk=16, decode_steps=8)
     alive: list[Sequence] = []
-    for _ in range(500):
+    for _ in range(2000):
         if draw.random() < 0.3 and len(alive) < 12:
             prompt = [1 + i % draw.choice([3, 50]) for i in range(draw.randrange(1, 60))]
-            seq = sequence(prompt, limit=draw.randrange(1, 60), salt=draw.choice(["", "x"]))
+            seq = sequence(prompt, limit=draw.randrange(1, 60), salt=draw.choice(["", "x"]), priority=draw.choice([0, 0, 3]))
             scheduler.add(seq)
             alive.append(seq)
         if alive and draw.random() < 0.05:
@@ -134,6 +209,7 @@ def test_random_operations_keep_the_books(windows: tuple[int, ...], prefix_cache
         alive = [seq for seq in alive if seq.finish is None]
         check(pages, alive)
         assert len(scheduler.running) + len(scheduler.free_slots) == 4
+        assert all(seq.overtaken <= PATIENCE + 12 for seq in alive)
     serve(scheduler)
     check(pages, [])
     assert pages.free == pages.total
