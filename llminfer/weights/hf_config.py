@@ -26,6 +26,8 @@ DEFAULTS: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# model_type -> the architecture of a checkpoint that transformers 5 saves as a Llama's, since it runs it with its Llama.
+AS_LLAMA = {"exaone": "ExaoneForCausalLM", "internlm3": "InternLM3ForCausalLM"}
 # A layer: its type (FULL or SLIDING), and whether it has a rotary embedding.
 Layers = list[tuple[str, bool]]
 
@@ -93,8 +95,9 @@ def architecture_of(data: Any) -> str:
         raise refuse("config.json", type(data).__name__, "must be a JSON object")
     named = data.get("architectures")
     architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "none"
-    if architecture == "LlamaForCausalLM":  # transformers 5 runs these two with its Llama, and saves them under its name
-        architecture = {"exaone": "ExaoneForCausalLM", "internlm3": "InternLM3ForCausalLM"}.get(str(data.get("model_type")), architecture)
+    if architecture == "LlamaForCausalLM":
+        model_type = data.get("model_type")
+        architecture = AS_LLAMA.get(model_type, architecture) if isinstance(model_type, str) else architecture
     if architecture not in FAMILIES:
         experts = "moe" in architecture.lower() or "Mixtral" in architecture or data.get("num_experts") or data.get("num_local_experts")
         why = "models with experts are not supported yet" if experts else "not supported"
@@ -240,10 +243,10 @@ def _internlm_rotary(data: dict[str, Any]) -> dict[str, Any]:
         return data
     if not isinstance(rotary, dict) or not rotary.keys() <= {"base", "type", "scaling_factor"} or data.get("rope_scaling"):
         raise refuse("rotary", type(rotary).__name__, "must be an object with base, type and scaling_factor, without rope_scaling")
-    kind = {"origin": "default", "dynamic": "dynamic"}.get(str(rotary.get("type", "dynamic")))
-    if kind is None:
-        raise refuse("rotary.type", str(rotary["type"]), "legal: origin, dynamic")
-    scaling = {"type": kind} | ({"factor": rotary.get("scaling_factor", 1.0)} if kind == "dynamic" else {})
+    named = rotary.get("type", "dynamic")
+    if named not in ("origin", "dynamic"):
+        raise refuse("rotary.type", named if isinstance(named, str) else type(named).__name__, "legal: origin, dynamic")
+    scaling = {"type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)} if named == "dynamic" else None
     rest = {name: value for name, value in data.items() if name != "rotary"}
     return {**rest, "rope_theta": rotary.get("base", 10000), "rope_scaling": scaling}
 
@@ -370,7 +373,9 @@ FAMILIES: dict[str, Family] = {
         names={"norm_epsilon": "rms_norm_eps"},
         fields={**LAYER_NORM, "gated": False},
         flags={"use_bias": ("qkv_bias", "o_bias", "mlp_bias")},
-        only={"norm_type": "layer_norm", "mlp_type": "default"},
+        only={"norm_type": "layer_norm", "mlp_type": "default", "scale_attn_weights": True},
+        # Left over from its training code; the model uses hidden_act.
+        ignored=("activation_function", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"),
         layers=_all_slide,
     ),
     "GPT2LMHeadModel": Family(

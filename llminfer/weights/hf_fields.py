@@ -18,7 +18,8 @@ IGNORED = frozenset(
     do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
     length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id
     forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    reorder_and_upcast_attn language""".split()
+    reorder_and_upcast_attn is_llama_config transformers.js_config custom_pipelines predict_special_tokens output_past
+    max_sequence_length neftune_noise_alpha language""".split()
 )
 IGNORED_PREFIXES = ("_", "summary_", "unsloth_")
 # Where null is a choice of its own; elsewhere it means that the field is absent.
@@ -50,7 +51,7 @@ class Fields:
         self._own: dict[str, str] = {}
         for own, value in data.items():
             name = names.get(own, own)
-            if name in self._own and value != self._data[name]:
+            if name in self._own and (isinstance(value, (list, dict)) or value != self._data[name]):
                 raise refuse(_plain(own), _shown(value), f"differs from {self._own[name]}, another name of the same; give one")
             self._data[name], self._own[name] = value, own
 

@@ -24,7 +24,8 @@ SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_h
 COMMON = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 RMS = {**COMMON, "rms_norm_eps": 1e-5}
 # The original length is under the prompt's, so that the scaling acts, and its parameters are none of the defaults.
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 8.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN |= {"beta_fast": 1.2, "beta_slow": 0.2}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0}
 LLAMA3["original_max_position_embeddings"] = 48
 
@@ -44,7 +45,8 @@ def longrope(original: int) -> dict[str, Any]:
 
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-GEMMA3 = {**RMS, "num_hidden_layers": 7, "head_dim": 24, "sliding_window": WINDOW, "query_pre_attn_scalar": 20} | {
+GEMMA = {**RMS, "rms_norm_eps": 1e-3}
+GEMMA3 = {**GEMMA, "num_hidden_layers": 7, "head_dim": 24, "sliding_window": WINDOW, "query_pre_attn_scalar": 20} | {
     "rope_parameters": {
         "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
@@ -78,10 +80,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"rope_parameters": default_rope(3000.0)},
     ),
     "qwen3": ("Qwen3ForCausalLM", {**RMS, "head_dim": 24, "attention_bias": True, "rope_parameters": YARN}),
-    "gemma": ("GemmaForCausalLM", {**RMS, "head_dim": 24, "num_key_value_heads": 1, "rope_parameters": default_rope(700.0)}),
+    "gemma": ("GemmaForCausalLM", {**GEMMA, "head_dim": 24, "num_key_value_heads": 1, "rope_parameters": default_rope(700.0)}),
     "gemma2": (
         "Gemma2ForCausalLM",
-        {**RMS, "num_hidden_layers": 5, "head_dim": 24, "sliding_window": WINDOW, "query_pre_attn_scalar": 20}
+        {**GEMMA, "num_hidden_layers": 5, "head_dim": 24, "sliding_window": WINDOW, "query_pre_attn_scalar": 20}
         | {"final_logit_softcapping": 6.0, "attn_logit_softcapping": 4.0, "rope_parameters": default_rope(700.0)},
     ),
     "gemma3": ("Gemma3ForCausalLM", GEMMA3),
@@ -201,7 +203,7 @@ def weights(shapes: dict[str, list[int]], model: str) -> dict[str, np.ndarray]:
         elif len(shape) == 1 or "_norm" in name:
             value = value * 0.5 + center + (0.4 if any(s in name for s in ("q_norm", "k_norm", "_layernorm.norms")) else 0.0)
         elif any(part in name for part in ("embed", "wte", "wpe", "lm_head", "output.weight")):
-            value = value * (0.5 if tied else 0.7)
+            value = value * (0.2 if model.startswith("gemma") else 0.5 if tied else 0.7)  # Gemma scales its embeddings by 8
         else:
             attends = any(part in name for part in ("q_proj", "k_proj", "qkv", "query_key_value", "c_attn"))
             value = value * (2.5 if attends else 1.7) / shape[-1] ** 0.5
