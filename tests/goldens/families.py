@@ -117,7 +117,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite": (
         "GraniteForCausalLM",
-        {**RMS, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6, "logits_scaling": 0.7}
+        {
+            **RMS,
+            "rms_norm_eps": 1e-3,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 0.7,
+        }
         | {"rope_parameters": default_rope(900.0)},
     ),
     "cohere": ("CohereForCausalLM", {**COMMON, "attention_bias": True, "logit_scale": 0.6, "rope_parameters": default_rope(900.0)}),
