@@ -174,6 +174,12 @@ def test_layers_become_the_shortest_pattern():
     assert (text.windows, text.rope_layers) == ((12, 12, 0), (0, 0, -1))
 
 
+def test_the_two_forms_of_gelu():
+    """They differ by about what the goldens allow."""
+    names = {"gpt2": "gelu_tanh", "gpt_neox": "gelu", "gpt_neox_serial": "gelu_tanh", "starcoder2": "gelu_tanh", "starcoder2_plain": "gelu"}
+    assert {name: from_hf(CONFIGS[name], "m").activation for name in names} == names
+
+
 def test_windows_that_are_none():
     assert from_hf(family("mistral", sliding_window=None), "m").windows == (0,)
     assert from_hf(family("mistral", sliding_window=256), "m").windows == (0,), "no position is that far away"
