@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llminfer.api import LLM
+    from llminfer.async_api import AsyncLLM
     from llminfer.errors import UserError
     from llminfer.request import Completion, RequestOutput, SamplingParams
 
-__all__ = ["LLM", "Completion", "RequestOutput", "SamplingParams", "UserError"]
+__all__ = ["LLM", "AsyncLLM", "Completion", "RequestOutput", "SamplingParams", "UserError"]
 __version__ = "0.1.0"
-_HOMES = {"LLM": "api", "UserError": "errors", "SamplingParams": "request", "RequestOutput": "request", "Completion": "request"}
+_HOMES = {
+    **{"LLM": "api", "AsyncLLM": "async_api", "UserError": "errors"},
+    **{"SamplingParams": "request", "RequestOutput": "request", "Completion": "request"},
+}
 
 
 def __getattr__(name: str):

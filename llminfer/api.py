@@ -82,7 +82,7 @@ class LLM:
         """Completes one or many prompts; outputs in the order of the prompts."""
         single = isinstance(prompts, str) or (isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], int))
         todo: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
-        requests = [self.submit(*pair) for pair in self._checked(todo, params)]
+        requests = [self.submit(*pair) for pair in self.checked(todo, params)]
         task = progress.task("generate", sum(len(r) for r in requests)) if progress else None
         try:
             while self.engine.busy:
@@ -104,7 +104,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Yields the text of one completion piece by piece, never half a character."""
-        ((ids, chosen),) = self._checked([prompt], params)
+        ((ids, chosen),) = self.checked([prompt], params)
         for sequence in self.follow(self.submit(ids, chosen)[:1]):
             yield sequence[1]
 
@@ -129,7 +129,7 @@ class LLM:
         """Queues one checked prompt; the engine's steps advance it."""
         return self.engine.add(ids, params, self.tokenizer)
 
-    def _checked(self, prompts: list[Prompt], params: Any) -> list[tuple[list[int], SamplingParams]]:
+    def checked(self, prompts: list[Prompt], params: Any) -> list[tuple[list[int], SamplingParams]]:
         """All prompts and parameters, checked before the first is queued."""
         chosen = params if isinstance(params, list) else [params or SamplingParams()] * len(prompts)
         if len(chosen) != len(prompts):

@@ -82,6 +82,11 @@ class Programs:
         if self._futures:
             next(iter(self._futures.values())).result()
 
+    def wait_all(self) -> None:
+        """Returns when everything that was asked for so far is there."""
+        for future in list(self._futures.values()):
+            future.result()
+
     def lower(self, program: Program) -> Any:
         """The lowered (not yet compiled) program: for the planner and for tests that read the HLO."""
         functions = {"mixed": step.mixed_step, "decode": step.decode_loop, "logits": step.prompt_logits, "logprobs": step.token_logprobs}

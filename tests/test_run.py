@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llminfer import bench, cli, run
+from llminfer import cli, run
+from llminfer.bench import __main__ as bench
 
 SMALL = ["--set", "slots=2", "--set", "context=128", "--set", "chunk=32", "--set", "decode_steps=4"]
 

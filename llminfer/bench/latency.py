@@ -1,42 +1,13 @@
-"""python -m llminfer.bench latency: how fast one model answers on this machine, medians over runs."""
+"""How fast one model answers on this machine when nobody else asks: medians over runs."""
 
 from __future__ import annotations
 
 import random
 import statistics
-import sys
 import time
 from typing import Any
 
-from llminfer import cli
 from llminfer.request import SamplingParams
-
-
-def main(arguments: list[str]) -> int:
-    parser = cli.parser("bench", "Measure speed.")
-    parser.add_argument("what", choices=["latency"])
-    parser.add_argument("--prompt-tokens", default="512", help="length of the random prompts (default: 512)")
-    parser.add_argument("--max-tokens", default="128", help="new tokens of each (default: 128)")
-    parser.add_argument("--batch", default="1", help="prompts at once (default: 1)")
-    parser.add_argument("--runs", default="5", help="measured runs, after one that is not counted (default: 5)")
-    options = parser.parse_args(arguments)
-    sizes = {
-        name: cli.positive(getattr(options, name), f"--{name.replace('_', '-')}")
-        for name in ("prompt_tokens", "max_tokens", "batch", "runs")
-    }
-    options.set = ["prefix_cache=false", f"slots={max(8, sizes['batch'])}", *options.set]
-    llm = cli.load(options, lambda _: (sizes["prompt_tokens"], sizes["batch"]))
-    report = latency(llm, sizes["prompt_tokens"], sizes["max_tokens"], sizes["batch"], sizes["runs"])
-    report |= {"model": llm.config.name, "platform": llm.target.platform, "dtype": llm.target.dtype, "quantize": llm.settings.quantize}
-    if options.json:
-        cli.print_json(report)
-    else:
-        print(
-            f"{report['model']} on {report['platform']} ({report['dtype']}), {sizes['batch']} x {sizes['prompt_tokens']} prompt tokens: "
-            f"prefill {report['prefill_tokens_per_s']:.1f} tok/s, first token {report['ttft_s'] * 1e3:.0f} ms, "
-            f"decode {report['decode_tokens_per_s']:.1f} tok/s ({report['step_ms']:.1f} ms a step), medians of {sizes['runs']}"
-        )
-    return 0
 
 
 def latency(llm: Any, prompt_tokens: int, max_tokens: int, batch: int, runs: int) -> dict[str, Any]:
@@ -75,7 +46,3 @@ def _one_run(llm: Any, prompt_tokens: int, max_tokens: int, batch: int, draw: ra
     end = time.perf_counter()
     rest = sum(len(seq.output) for seq in sequences) - drawn
     return {"ttft": first - start, "step": (end - first) * batch / rest if rest else 0.0}
-
-
-if __name__ == "__main__":
-    cli.leave(cli.main(main, sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Measurements of a served model: `python -m llminfer.bench {latency,throughput}`."""

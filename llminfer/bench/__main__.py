@@ -1,0 +1,85 @@
+"""python -m llminfer.bench {latency,throughput}: what a model does on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import Any
+
+from llminfer import cli
+from llminfer.bench.latency import latency
+from llminfer.bench.throughput import replay, report, trace
+from llminfer.errors import refuse
+from llminfer.progress import RichProgress
+
+
+def main(arguments: list[str]) -> int:
+    parser = cli.parser("bench", "Measure speed.")
+    parser.add_argument("what", choices=["latency", "throughput"])
+    parser.add_argument("--prompt-tokens", default="512", help="latency: length of the random prompts (default: 512)")
+    parser.add_argument("--max-tokens", default="128", help="latency: new tokens of each (default: 128)")
+    parser.add_argument("--batch", default="1", help="latency: prompts at once (default: 1)")
+    parser.add_argument("--runs", default="5", help="latency: measured runs, after one that is not counted (default: 5)")
+    parser.add_argument("--requests", default="64", help="throughput: length of the trace (default: 64)")
+    parser.add_argument("--rate", default="inf", help="throughput: arrivals a second (default: inf, all at once)")
+    parser.add_argument("--scale", default="1.0", help="throughput: what the mean lengths, 161 in and 338 out, are multiplied by")
+    options = parser.parse_args(arguments)
+    found = (_latency if options.what == "latency" else _throughput)(options)
+    if options.json:
+        cli.print_json(found)
+    return 0
+
+
+def _about(llm: Any) -> dict[str, Any]:
+    return {"model": llm.config.name, "platform": llm.target.platform, "dtype": llm.target.dtype, "quantize": llm.settings.quantize}
+
+
+def _latency(options: argparse.Namespace) -> dict[str, Any]:
+    sizes = {
+        name: cli.positive(getattr(options, name), f"--{name.replace('_', '-')}")
+        for name in ("prompt_tokens", "max_tokens", "batch", "runs")
+    }
+    options.set = ["prefix_cache=false", f"slots={max(8, sizes['batch'])}", *options.set]
+    llm = cli.load(options, lambda _: (sizes["prompt_tokens"], sizes["batch"]))
+    found = latency(llm, **sizes) | _about(llm)
+    if not options.json:
+        print(
+            f"{found['model']} on {found['platform']} ({found['dtype']}), {sizes['batch']} x {sizes['prompt_tokens']} prompt tokens: "
+            f"prefill {found['prefill_tokens_per_s']:.1f} tok/s, first token {found['ttft_s'] * 1e3:.0f} ms, "
+            f"decode {found['decode_tokens_per_s']:.1f} tok/s ({found['step_ms']:.1f} ms a step), medians of {sizes['runs']}"
+        )
+    return found
+
+
+def _throughput(options: argparse.Namespace) -> dict[str, Any]:
+    requests = cli.positive(options.requests, "--requests")
+    rate, scale = _number(options.rate, "--rate", "inf or a number above 0"), _number(options.scale, "--scale", "a number above 0")
+    if not math.isfinite(scale):
+        raise refuse("--scale", options.scale, "must be a number above 0")
+    llm = cli.load(options)
+    arrivals = trace(requests, rate, llm.settings.seed, llm.config.vocab_size, llm.engine.context, scale)
+    llm.engine.programs.wait_all()  # nothing is to be compiled while the clock runs
+    with RichProgress() as progress:
+        served, seconds = replay(llm, arrivals, watched=math.isfinite(rate), progress=progress)
+    kept = ("compiles_after_warmup", "preemptions", "prefix_hit_tokens", "compile_s", "programs")
+    found = report(served, seconds) | {"rate": options.rate} | {name: llm.stats()[name] for name in kept} | _about(llm)
+    if not options.json:
+        width = max(len(name) for name in found)
+        for name, value in found.items():
+            print(f"{name:<{width}}  {value:.3f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+    return found
+
+
+def _number(text: str, name: str, rule: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise refuse(name, text, f"must be {rule}") from None
+    if not value > 0:
+        raise refuse(name, text, f"must be {rule}")
+    return value
+
+
+if __name__ == "__main__":
+    cli.leave(cli.main(main, sys.argv[1:]))

@@ -1,0 +1,50 @@
+"""The throughput benchmark: a trace is its seed's, the report is what vLLM's keys say, and everything is served."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+
+import pytest
+
+from llminfer import cli
+from llminfer.bench import __main__ as bench
+from llminfer.bench.throughput import MEAN_OUTPUT, MEAN_PROMPT, Arrival, Served, report, trace
+
+
+def test_a_trace_depends_on_its_seed_alone_and_has_the_lengths_of_sharegpt() -> None:
+    one, again, other = (trace(4000, 10.0, seed, 512, 4096) for seed in (1, 1, 2))
+    assert one == again != other
+    assert statistics.fmean(len(a.prompt) for a in one) == pytest.approx(MEAN_PROMPT, rel=0.1)
+    assert statistics.fmean(a.output for a in one) == pytest.approx(MEAN_OUTPUT, rel=0.1)
+    assert one[-1].at == pytest.approx(400, rel=0.1) and all(a.at < b.at for a, b in itertools.pairwise(one))
+    assert all(1 <= len(a.prompt) <= 32 and len(a.prompt) + a.output <= 64 for a in trace(200, float("inf"), 1, 512, 64))
+
+
+def test_the_report_by_hand() -> None:
+    served = [Served(Arrival(1.0, [1] * 10, 3), None, [1.5, 1.5, 2.5]), Served(Arrival(0.0, [1] * 20, 1), None, [4.0])]
+    found = report(served, 4.0)
+    assert (found["request_throughput"], found["output_throughput"], found["total_token_throughput"]) == (0.5, 1.0, 8.5)
+    assert (found["mean_ttft_ms"], found["median_ttft_ms"], found["p99_ttft_ms"]) == (2250.0, 2250.0, pytest.approx(3965.0))
+    assert found["mean_tpot_ms"] == found["p99_tpot_ms"] == 500.0
+    assert (found["mean_itl_ms"], found["p99_itl_ms"]) == (500.0, pytest.approx(990.0))
+    assert found["mean_e2el_ms"] == 2750.0
+
+
+@pytest.mark.parametrize("rate", ["inf", "200"])
+def test_throughput_serves_the_whole_trace(capsys: pytest.CaptureFixture, rate: str) -> None:
+    options = "throughput --model config:tiny --requests 12 --scale 0.05 --set context=64 --set slots=4 --set chunk=32 --set page_size=8"
+    assert cli.main(bench.main, [*options.split(), "--rate", rate, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    expected = trace(12, float(rate), 0, 512, 64, 0.05)
+    assert found["completed"] == 12 and found["total_output_tokens"] == sum(a.output for a in expected)
+    assert found["total_input_tokens"] == sum(len(a.prompt) for a in expected)
+    assert 0 < found["median_ttft_ms"] <= found["p99_e2el_ms"] <= found["duration_s"] * 1e3
+    assert found["compiles_after_warmup"] == 0
+
+
+@pytest.mark.parametrize(("option", "value"), [("--rate", "0"), ("--rate", "x"), ("--scale", "inf"), ("--requests", "-1")])
+def test_bad_options_are_one_line(capsys: pytest.CaptureFixture, option: str, value: str) -> None:
+    assert cli.main(bench.main, ["throughput", "--model", "config:tiny", option, value]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option}=")
