@@ -123,7 +123,7 @@ def _gemma(get: Fields, tensors: Mapping[str, Tensor], found: dict[str, Any]) ->
 
 def _gemma3(get: Fields, tensors: Mapping[str, Tensor], found: dict[str, Any]) -> dict[str, Any]:
     # No key tells the attention scale. It is head_dim ** -0.5 but for the 27B models, of 46 (Gemma 2) and 62 layers (Gemma 3).
-    scale = (found["hidden_size"] // found["num_heads"]) ** -0.5 if found["num_layers"] in (46, 62) else None
+    scale = (found["hidden_size"] / found["num_heads"]) ** -0.5 if found["num_layers"] in (46, 62) else None
     cap = get.number("final_logit_softcapping", 0.0)
     return _gemma(get, tensors, found) | {"attn_scale": scale, "logit_softcap": cap or None}
 
@@ -202,6 +202,7 @@ def _config(file: GgufFile, get: Fields, family: Family) -> ModelConfig:
         require_integer(name, size, 1, LIMITS[name])
     hidden, heads = sizes["hidden_size"], sizes["num_heads"]
     head_dim = get.integer("attention.key_length", hidden // heads)
+    require_integer("head_dim", head_dim, 1, LIMITS["head_dim"])
     if get.integer("attention.value_length", head_dim) != head_dim:
         raise UserError(f"attention.value_length={get.integer('attention.value_length')}: not supported; legal: {head_dim}, the key length")
     tokens, ids = metadata.get("tokenizer.ggml.tokens"), Fields(metadata, "tokenizer.ggml.")

@@ -139,6 +139,7 @@ REFUSED = [
     ("llama", {"attention.head_count_kv": [2, 4]}, "the same for all layers"),
     ("llama", {"attention.head_count": 0}, "num_heads=0"),
     ("llama", {"attention.head_count_kv": 0}, "num_kv_heads=0"),
+    ("gpt2", {"attention.head_count": 64}, "head_dim=0"),
     ("llama", {"block_count": 4_000_000_000}, "num_layers=4000000000"),
     ("llama", {"rope.freq_base": float("nan")}, "rope_theta=nan"),
     ("llama", {"rope.scaling.type": "dynamic"}, "'dynamic', factor 1: not supported; legal: none, linear or yarn"),
