@@ -13,7 +13,7 @@ from llminfer.config import EngineConfig, parse_setting
 from llminfer.errors import UserError, refuse
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as for every other mistake, instead of the usage before it."""
         raise UserError(f"{message} (--help lists the options)")
@@ -21,8 +21,12 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
     """An argument parser with the options that every command on a model has."""
-    made = _Parser(prog=f"python -m llminfer.{command}", description=description)
-    made.add_argument("--model", default="demo", help="demo, a directory, a .gguf file, or config:NAME (default: demo)")
+    made = Parser(prog=f"python -m llminfer.{command}", description=description)
+    made.add_argument(
+        "--model",
+        default="demo",
+        help="demo, a directory, a .gguf file, a Hugging Face id, or config:NAME (default: demo)",
+    )
     made.add_argument("--quantize", default=None, help="int8: 8-bit weights, per output channel")
     made.add_argument("--mesh", default="", help="devices of each axis, such as tp=2")
     made.add_argument("--seed", type=int, default=None, help="of sampling, and of the weights of config: models")

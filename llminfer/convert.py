@@ -25,7 +25,7 @@ GIGABYTE = 10**9
 
 
 def main(arguments: list[str]) -> int:
-    parser = cli._Parser(prog="python -m llminfer.convert", description="Write a model as a directory.")
+    parser = cli.Parser(prog="python -m llminfer.convert", description="Write a model as a directory.")
     parser.add_argument("--model", default="demo", help="demo, a directory, a .gguf file, or a Hugging Face id (default: demo)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
     parser.add_argument("--format", choices=["safetensors", "orbax"], default="safetensors", help="of the weights (default: safetensors)")
@@ -184,30 +184,12 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         path = folder / "generation_config.json"
         generation = safetensors.parse_object(safetensors.read_bounded(path), path) if path.is_file() else {}
     elif (tokenizer := checkpoint.tokenizer()) is not None:
-        _save_tokenizer(tokenizer, folder)
+        tokenizer.save(folder)
     c = checkpoint.config
     ends = {"bos_token_id": c.bos_id, "eos_token_id": list(c.eos_ids) or None}
     generation |= {name: value for name, value in ends.items() if value is not None}
     if generation:
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """tokenizer.json with what our tokenizer puts around a text as its post-processor, and tokenizer_config.json."""
-    from tokenizers import Tokenizer, processors
-
-    backend = Tokenizer.from_str(tokenizer._backend.to_str())
-    before, after = ([str(backend.id_to_token(i)) for i in ids] for ids in (tokenizer._prefix, tokenizer._suffix))
-    if before or after:
-        special = [(token, backend.token_to_id(token)) for token in dict.fromkeys(before + after)]
-        around = processors.TemplateProcessing(single=[*before, "$A", *after], pair=[*before, "$A", "$B:1", *after], special_tokens=special)
-        backend.post_processor = around if backend.post_processor is None else processors.Sequence([backend.post_processor, around])
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokenizer._special}
-    if tokenizer._templates:
-        named = [{"name": name, "template": source} for name, source in tokenizer._templates.items()]
-        config["chat_template"] = tokenizer._templates["default"] if list(tokenizer._templates) == ["default"] else named
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

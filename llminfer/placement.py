@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llminfer import cache, params
 from llminfer.config import EngineConfig, ModelConfig
@@ -97,6 +98,8 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
     listed: dict[str, Any] = {}
     for name, array in found:
         spec = spec_of[name]
+        if isinstance(array, QTensor):  # as our own checkpoints hold it
+            array = array.q.astype(np.float32) * array.scale
         if array.dtype.itemsize > dtype.itemsize:  # made narrower before, and wider after it travels
             array = array.astype(dtype)
         # On a CPU an array that is ours alone becomes the weight; a mapped file is copied, once and for all.

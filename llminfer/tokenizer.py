@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import processors
 
 from llminfer.chat_template import check_dicts, check_messages, one_line, render_chat
 from llminfer.errors import UserError, refuse
@@ -171,6 +172,22 @@ class Tokenizer:
         if name not in self._templates:
             raise refuse("chat_template", name, f"this model has none of that name; legal: {', '.join(sorted(self._templates)) or None}")
         return self._templates[name]
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json, with what is put around a text as its post-processor, and tokenizer_config.json into `folder`."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        before, after = ([str(backend.id_to_token(i)) for i in ids] for ids in (self._prefix, self._suffix))
+        if before or after:
+            special = [(token, backend.token_to_id(token)) for token in dict.fromkeys(before + after)]
+            single = [*before, "$A", *after]
+            around = processors.TemplateProcessing(single=single, pair=[*single, "$B:1", *after], special_tokens=special)
+            backend.post_processor = around if backend.post_processor is None else processors.Sequence([backend.post_processor, around])
+        backend.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self._special}
+        if self._templates:
+            named = [{"name": name, "template": source} for name, source in self._templates.items()]
+            config["chat_template"] = self._templates["default"] if list(self._templates) == ["default"] else named
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _shown_bytes(self, token: int) -> bytes:
         return b"" if token in self._special_ids else self._token_bytes(token)

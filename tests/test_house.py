@@ -132,4 +132,5 @@ def test_configs_begin_with_their_command(path):
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# python -m llminfer.")
     module = first.split()[3].split(".")[1]
-    assert (ROOT / "llminfer" / f"{module}.py").exists(), f"{first}: there is no such command"
+    places = (ROOT / "llminfer" / f"{module}.py", ROOT / "llminfer" / module / "__main__.py")
+    assert any(place.exists() for place in places), f"{first}: there is no such command"

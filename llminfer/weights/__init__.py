@@ -12,7 +12,7 @@ from llminfer.errors import UserError, refuse
 from llminfer.progress import Progress
 from llminfer.weights import assemble, gguf, gguf_model, hf_names, hub, orbax, safetensors, store
 from llminfer.weights.demo import demo_path
-from llminfer.weights.hf_config import from_hf
+from llminfer.weights.hf_config import architecture_of, from_hf
 
 if TYPE_CHECKING:
     from llminfer.params import Params
@@ -127,7 +127,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, str]:
         eos = _read_json(generation).get("eos_token_id")
         data = data if eos is None else {**data, "eos_token_id": eos}
     try:
-        return from_hf(data, path.resolve().name), data["architectures"][0]
+        return from_hf(data, path.resolve().name), architecture_of(data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:

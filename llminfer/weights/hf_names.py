@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from llminfer.config import ModelConfig
-from llminfer.errors import UserError
 from llminfer.weights.assemble import join, part_shapes, split
 
 # What checkpoints carry beside the weights: rotary frequencies and causal masks, which the config determines.
@@ -200,17 +199,20 @@ class HfSource:
             starts = np.cumsum([0, *(self._parts[p][0] for p in tensor.parts)])
             at = tensor.parts.index(part)
             array = array[starts[at] : starts[at + 1]]
-        return self._half_split(array, part) if self._interleaved else array
+        return _reorder(array, part, self._config, (-1, 2)) if self._interleaved else array
 
-    def _half_split(self, array: np.ndarray, part: str) -> np.ndarray:
-        """Rows of queries and keys from interleaved rotary pairs to half-split ones."""
-        name = part.rpartition(".")[2]
-        if name.removesuffix("_bias").removesuffix("_norm") not in ("q", "k"):
-            return array
-        h = self._config.head_dim
-        if name.endswith("_norm"):  # [heads, h]
-            return array.reshape(-1, h // 2, 2).swapaxes(1, 2).reshape(array.shape)
-        return array.reshape(-1, h // 2, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+def _reorder(array: np.ndarray, part: str, c: ModelConfig, pairs: tuple[int, int]) -> np.ndarray:
+    """Elements of each head of queries and keys taken as a matrix of this shape and turned: (-1, 2) brings rotary pairs from
+    interleaved to half-split order, (2, -1) back."""
+    name = part.rpartition(".")[2]
+    if name.removesuffix("_bias").removesuffix("_norm") not in ("q", "k"):
+        return array
+    heads = array.size // c.head_dim if name.endswith(("_norm", "_bias")) else array.shape[0] // c.head_dim
+    size = {-1: c.head_dim // 2, 2: 2}
+    rest = () if name.endswith(("_norm", "_bias")) else array.shape[1:]
+    by_pairs = array.reshape(heads, *(size[n] for n in pairs), *rest)
+    return np.ascontiguousarray(by_pairs.swapaxes(1, 2)).reshape(array.shape)
 
 
 def _heads(array: np.ndarray, parts: tuple[str, ...], part: str, c: ModelConfig) -> np.ndarray:
@@ -232,10 +234,8 @@ def _aliases(stored: Mapping[str, Any], optional: str) -> dict[str, str]:
 
 
 def stored_from(parts: Iterable[tuple[str, np.ndarray]], architecture: str, c: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(stored name, array) of a whole model's (part, array), each as soon as its parts are there: the inverse of HfSource.
-    Raises UserError for a family that cannot be written."""
-    if OTHERS.get(architecture, LLAMA).interleaved:
-        raise UserError(f"{architecture}: cannot be written as safetensors (its rotary pairs are interleaved); legal: orbax")
+    """(stored name, array) of a whole model's (part, array), each as soon as its parts are there: the inverse of HfSource."""
+    interleaved = OTHERS.get(architecture, LLAMA).interleaved
     tensors = stored_tensors(architecture, c)
     homes: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
@@ -243,6 +243,7 @@ def stored_from(parts: Iterable[tuple[str, np.ndarray]], architecture: str, c: M
             homes.setdefault(part.partition("#")[0], []).append(name)
     waiting: dict[str, dict[str, np.ndarray]] = {}
     for part, array in parts:
+        array = _reorder(array, part, c, (2, -1)) if interleaved else array
         for name in homes[part]:
             held = waiting.setdefault(name, {})
             held[part] = array

@@ -22,7 +22,10 @@ MODEL_TYPES = {
     **{"Olmo2ForCausalLM": "olmo2", "Olmo3ForCausalLM": "olmo3", "SmolLM3ForCausalLM": "smollm3", "GraniteForCausalLM": "granite"},
     **{"StableLmForCausalLM": "stablelm", "Starcoder2ForCausalLM": "starcoder2", "GPT2LMHeadModel": "gpt2"},
     **{"GPTNeoXForCausalLM": "gpt_neox", "Exaone4ForCausalLM": "exaone4"},
+    **{"CohereForCausalLM": "cohere", "Cohere2ForCausalLM": "cohere2"},
 }
+# Readings of layers whose window and type are both written.
+BY_TYPE = (hf_config._alternating, hf_config._qwen, hf_config._rope_where_sliding, hf_config._smollm3, hf_config._cohere2)
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -68,7 +71,7 @@ def _layers(c: ModelConfig, family: Family) -> dict[str, Any]:
     window = max(c.windows)
     if family.layers is hf_config._all_slide:
         return {"sliding_window": window or None}
-    if family.layers not in (hf_config._alternating, hf_config._qwen, hf_config._rope_where_sliding, hf_config._smollm3):
+    if family.layers not in BY_TYPE:
         return {}
     rotary = {"no_rope_layers": [int(c.rope(i) >= 0) for i in range(c.num_layers)]} if family.layers is hf_config._smollm3 else {}
     types = [SLIDING if c.window(i) else FULL for i in range(c.num_layers)]
@@ -121,5 +124,6 @@ EXTRA: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "Gemma3ForCausalLM": _gemma,
     "GraniteForCausalLM": lambda c: {"logits_scaling": round(1 / c.logit_scale, 9)},
     "StableLmForCausalLM": lambda c: {"qk_layernorm": c.qk_norm == "heads"},
+    "CohereForCausalLM": lambda c: {"use_qk_norm": c.qk_norm == "heads"},
     "GPT2LMHeadModel": lambda c: {"scale_attn_weights": c.attn_scale is None},
 }

@@ -179,7 +179,9 @@ def _elements(shape: Any) -> int:
 
 
 def _plain(name: str) -> bool:
-    return name.endswith(".safetensors") and name.isprintable() and not any(c in name for c in "/\\:") and not name.startswith(".")
+    """A file name in the same folder, and nothing else."""
+    path_like = name.startswith(".") or any(c in name for c in "/\\:")
+    return len(name) <= 255 and name.endswith(".safetensors") and name.isprintable() and not path_like
 
 
 def _shown(value: object) -> str:

@@ -85,10 +85,6 @@ def test_round_trip(architecture, dtype):
     specs = jax.tree.leaves(param_specs(c), is_leaf=is_spec)
     assert [leaf.shape for leaf in jax.tree.leaves(params)] == [spec.shape for spec in specs]
     assert sum(leaf.size for leaf in leaves.values()) == c.num_params
-    if architecture == "CohereForCausalLM":
-        with pytest.raises(UserError, match="cannot be written"):
-            next(hf_names.stored_from(parts_of(leaves_of(params), c), architecture, c))
-        return
     for tree in (params, stack(params, c)):
         back = dict(hf_names.stored_from(parts_of(leaves_of(tree), c), architecture, c))
         assert back.keys() == stored.keys()

@@ -199,7 +199,7 @@ def test_the_real_file(demo_path, tmp_path):
     checkpoint = open_model(str(demo_path), str(tmp_path))
     config = checkpoint.config
     assert (config.num_layers, config.hidden_size, config.vocab_size, config.tie_embeddings) == (30, 576, 49152, True)
-    assert (config.bos_id, config.eos_ids, config.rope_theta, config.max_position) == (1, (2,), 100000.0, 8192)
+    assert (config.bos_id, config.eos_ids, config.ropes[0].theta, config.max_position) == (1, (2,), 100000.0, 8192)
     file = GgufFile(Path(demo_path))
     for tensor in oracle.GGUFReader(demo_path).tensors[:12]:
         expected = oracle.dequantize(tensor.data, tensor.tensor_type)

@@ -192,14 +192,14 @@ def test_a_model_is_prepared_once_until_its_file_changes(tmp_path, monkeypatch):
     entry = entry_of(cache / "prepared")
     with monkeypatch.context() as patch:
         patch.setattr("llminfer.weights.assemble.read_leaves", None)
-        assert not open_model(str(path), str(cache)).load().embed.flags.writeable
+        assert not open_model(str(path), str(cache)).load().listed[0].qkv.flags.writeable
     hf = write_model(path, tiny(), seed=7)
     params = open_model(str(path), str(cache)).load()
     np.testing.assert_array_equal(params.final_norm, hf["final_norm"])
     assert entry_of(cache / "prepared") != entry
     checkpoint = open_model(str(path), str(tmp_path / "none"))
     checkpoint.prepared_root = None
-    assert checkpoint.load().embed.flags.writeable and not (tmp_path / "none").exists()
+    assert checkpoint.load().listed[0].qkv.flags.writeable and not (tmp_path / "none").exists()
 
 
 def test_file_key(tmp_path):
