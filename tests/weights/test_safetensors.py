@@ -201,7 +201,10 @@ def test_flipped_bytes_and_cuts_are_refused_or_read(tmp_path, flips, cut):
         (json.dumps(HF_CONFIG | {"quantization_config": {"quant_method": "fp8"}}).encode(), "quantization_config"),
         (json.dumps(HF_CONFIG | {"rms_norm_eps": "x"}).encode(), "norm_eps"),
         (json.dumps(HF_CONFIG | {"rope_theta": []}).encode(), "rope_theta='list of 0': must be a positive number"),
-        (json.dumps(HF_CONFIG | {"num_hidden_layers": 3}).encode(), "model.layers.2.self_attn.q_proj.weight [32, 32] (layers.2.q) is missing"),
+        (
+            json.dumps(HF_CONFIG | {"num_hidden_layers": 3}).encode(),
+            "model.layers.2.self_attn.q_proj.weight [32, 32] (layers.2.q) is missing",
+        ),
         (json.dumps(HF_CONFIG | {"hidden_size": 10**12}).encode(), "hidden_size=1000000000000"),
     ],
 )
