@@ -8,14 +8,16 @@ again later. A sequence whose next prefix page is just being computed by another
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 from llminfer.pages import Pages
 from llminfer.request import FinishReason, Sequence
 
-
 # Later arrivals that may be admitted before a waiting sequence; then it is first, whatever its priority.
 PATIENCE = 32
+# Waiting sequences that are passed over in one step because they wait for a page of another; a bound on the work of a step.
+PASSED_OVER = 64
 # Prompt tokens a step beside sequences that decode, where a whole chunk would keep those waiting again and again.
 SMALL_CHUNK = 32
 
@@ -49,7 +51,7 @@ class Scheduler:
         self.pages = pages
         self.chunk = chunk
         self.decode_steps = decode_steps
-        self.waiting: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []
         self.free_slots = list(range(slots))[::-1]
         self.preemptions = 0
@@ -59,7 +61,10 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         seq.order = self.arrivals
         self.arrivals += 1
-        self.waiting.append(seq)
+        self._wait(seq)
+
+    def _wait(self, seq: Sequence) -> None:
+        bisect.insort(self.waiting, seq, key=self._rank)
 
     @staticmethod
     def _rank(seq: Sequence) -> tuple[bool, int, int]:
@@ -150,25 +155,27 @@ class Scheduler:
     def _admit(self) -> None:
         """Gives slots to waiting sequences by rank. One that has no pages keeps those behind it from taking them; one that
         waits for a page of another does not."""
-        if not (self.waiting and self.free_slots):
-            return
-        self.waiting.sort(key=self._rank)
-        for seq in list(self.waiting):
-            if not self.free_slots:
-                return
+        passed = 0
+        while self.free_slots and passed < min(len(self.waiting), PASSED_OVER):
+            seq = self.waiting[passed]
             found = self.pages.match(seq)
             if self.pages.awaits(seq, found):
                 self.pages.release(seq)
-                continue
-            if not self.pages.reserve(seq, found, ahead=seq.length):
+                passed += 1
+            elif self.pages.reserve(seq, found, ahead=seq.length):
+                self._enter(self.waiting.pop(passed), found, passed)
+            else:
                 self.pages.release(seq)
                 return
-            self._enter(seq, found)
 
-    def _enter(self, seq: Sequence, found: int) -> None:
-        self.waiting.remove(seq)
-        for other in self.waiting:
+    def _enter(self, seq: Sequence, found: int, passed: int) -> None:
+        """Gives a slot to a sequence that came before others; passed: how many of a better rank wait on."""
+        first, last = (self._rank(self.waiting[i])[:2] if self.waiting else None for i in (0, -1))
+        # Where all are of one priority, the earlier arrivals among those who wait are the ones that were passed over.
+        for other in self.waiting[:passed] if first == last else self.waiting:
             other.overtaken += other.order < seq.order
+        if any(other.overtaken == PATIENCE for other in self.waiting[:passed]) or first != last:
+            self.waiting.sort(key=self._rank)
         self.pages.begin(seq)
         seq.computed = found
         if not seq.preemptions:
@@ -223,4 +230,4 @@ class Scheduler:
         seq.computed = 0
         seq.preemptions += 1
         self.preemptions += 1
-        self.waiting.append(seq)
+        self._wait(seq)
