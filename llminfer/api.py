@@ -67,6 +67,12 @@ class LLM:
         tokenizer = self._tokenizer("chat")
         return tokenizer.encode(tokenizer.apply_chat(messages, **variables), add_special=False)
 
+    def user_turn(self, text: str, *, raw: bool = False) -> list[int]:
+        """Token ids of one user turn in the chat template; of the text as it is when raw, or where the model has no template."""
+        if raw or self.tokenizer is None or self.tokenizer.chat_template is None:
+            return self.encode(text)
+        return self.chat_prompt([{"role": "user", "content": text}])
+
     def _tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:
             where = self.checkpoint.directory

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from llminfer import cli
 from llminfer.errors import UserError, refuse
 from llminfer.request import SamplingParams
+from llminfer.run_batch import BatchFile, open_batch
 
 DEFAULT_PROMPT = "Why is the sky blue?"
 
@@ -21,11 +20,11 @@ def main(arguments: list[str]) -> int:
     params = _params(options)
     if options.batch and not options.out:
         raise refuse("--out", options.out, "--batch needs a file to write to")
-    lines = _read_batch(options.batch) if options.batch else None
+    work = open_batch(options.batch, options.out, params, raw=options.raw) if options.batch else None
     if options.prompt == "" and not options.chat and not options.batch:
         raise refuse("--prompt", "", "must not be empty")
-    if lines is not None:
-        return _batch(cli.load(options), lines, params, options)
+    if work is not None:
+        return _batch(work, options)
     if options.chat:
         return _chat(cli.load(options), params)
     return _once(params, options)
@@ -42,7 +41,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", metavar="OUT.jsonl", help="where --batch writes its results")
     parser.add_argument("--raw", action="store_true", help="complete the text as it is, without the chat template")
     parser.add_argument("--max-tokens", default="128", help="most new tokens (default: 128)")
-    for name in ("temperature", "top-p", "min-p"):
+    for name in ("temperature", "top-p", "min-p", "repetition-penalty"):
         parser.add_argument(f"--{name}", type=float, default=None)
     parser.add_argument("--top-k", type=int, default=None)
     parser.add_argument("--speculate", default=None, help="how to draft tokens for speculative decoding")
@@ -51,10 +50,31 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _params(options: argparse.Namespace) -> SamplingParams:
     fields: dict[str, Any] = {"max_tokens": cli.positive(options.max_tokens, "--max-tokens")}
-    for name in ("temperature", "top_p", "min_p", "top_k", "seed"):
+    for name in ("temperature", "top_p", "min_p", "top_k", "repetition_penalty", "seed"):
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)
     return SamplingParams(**fields)
+
+
+def _batch(work: BatchFile, options: argparse.Namespace) -> int:
+    from llminfer.progress import RichProgress
+
+    started = time.perf_counter()
+    llm = cli.load(options) if work.todo else None
+    ready = time.perf_counter()
+    if llm is not None:
+        with RichProgress() as progress:
+            work.run(llm, progress)
+    seconds = time.perf_counter() - ready
+    found = work.summary() | {"seconds": seconds, "load_s": ready - started, "tokens_per_s": work.tokens / seconds if work.tokens else None}
+    if options.json:
+        cli.print_json(found | (llm.stats() if llm else {}))
+    else:
+        rate = f" ({found['tokens_per_s']:.1f}/s)" if work.tokens else ""
+        before = f", {found['resumed']} of them done before" if found["resumed"] else ""
+        counts = f"{found['requests']} requests{before}, {found['failed']} refused"
+        print(f"{counts}, {work.tokens} new tokens in {seconds:.1f} s{rate}", file=sys.stderr)
+    return 0
 
 
 # One prompt -----------------------------------------------------------------------------------------------------
@@ -86,9 +106,7 @@ def _once(params: SamplingParams, options: argparse.Namespace) -> int:
 def _ids(llm: Any, prompt: str, *, raw: bool) -> list[int]:
     if llm.tokenizer is None and prompt == DEFAULT_PROMPT:
         return [1 % llm.config.vocab_size]  # a model of random weights has nothing to say: any start will do
-    if raw or llm.tokenizer is None or llm.tokenizer.chat_template is None:
-        return llm.encode(prompt)
-    return llm.chat_prompt([{"role": "user", "content": prompt}])
+    return llm.user_turn(prompt, raw=raw)
 
 
 def _submit(llm: Any, ids: list[int], params: SamplingParams) -> Any:
@@ -157,97 +175,6 @@ def _chat(llm: Any, params: SamplingParams) -> int:
             print(piece, end="", flush=True)
         print(flush=True)
         messages.append({"role": "assistant", "content": llm.output([sequence]).text})
-
-
-# A file of prompts ----------------------------------------------------------------------------------------------
-
-
-def _read_batch(path: str) -> list[dict[str, Any]]:
-    """The checked lines of a --batch file. Raises UserError that names the line."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise refuse("--batch", path, f"cannot be read: {error}") from None
-    lines = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number}: not JSON: {error}") from None
-        if not isinstance(item, dict) or ("prompt" in item) == ("messages" in item):
-            raise UserError(f"{path} line {number}: must be an object with either prompt or messages")
-        lines.append(item)
-    return lines
-
-
-def _batch(llm: Any, lines: list[dict[str, Any]], params: SamplingParams, options: argparse.Namespace) -> int:
-    """Runs all lines through the engine and writes each result, in order of finishing, with its line's index and id.
-    A line that cannot be served becomes a result with an error; the others go on."""
-    started, tokens, failed = time.perf_counter(), 0, 0
-    waiting: dict[int, tuple[int, dict[str, Any], list[Any]]] = {}
-    from llminfer.progress import RichProgress
-
-    with Path(options.out).open("w", encoding="utf-8") as out, RichProgress() as progress:
-
-        def write(result: dict[str, Any]) -> None:
-            out.write(json.dumps(result, ensure_ascii=False) + "\n")
-            out.flush()
-
-        for index, item in enumerate(lines):
-            head = {"index": index, **({"id": item["id"]} if "id" in item else {})}
-            try:
-                sequences = _submit_line(llm, item, params, raw=options.raw)
-            except UserError as error:
-                failed += 1
-                write(head | {"error": str(error)})
-                continue
-            for seq in sequences:
-                waiting[id(seq)] = (index, head, sequences)
-        task = progress.task("generate", len(lines) - failed)
-        while llm.engine.busy:
-            for seq in llm.engine.step():
-                _, head, sequences = waiting[id(seq)]
-                if seq.finish is not None and all(s.finish is not None for s in sequences):
-                    output = llm.output(sequences)
-                    tokens += sum(len(o.token_ids) for o in output.outputs)
-                    write(head | _result(output))
-                    task.advance(1)
-    seconds = time.perf_counter() - started
-    summary = {"requests": len(lines), "failed": failed, "completion_tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
-    if options.json:
-        cli.print_json(summary | llm.stats())
-    else:
-        print(
-            f"{len(lines)} requests, {failed} refused, {tokens} new tokens in {seconds:.1f} s ({tokens / seconds:.1f}/s)", file=sys.stderr
-        )
-    return 0
-
-
-def _submit_line(llm: Any, item: dict[str, Any], params: SamplingParams, *, raw: bool) -> list[Any]:
-    given = {key: value for key, value in item.items() if key not in ("prompt", "messages", "id")}
-    base = {name: getattr(params, name) for name in ("max_tokens", "temperature", "top_p", "min_p", "top_k", "seed")}
-    chosen = SamplingParams.from_fields(base | given)
-    if "messages" in item:
-        ids = llm.chat_prompt(item["messages"])
-    else:
-        ids = _ids(llm, item["prompt"], raw=raw) if isinstance(item["prompt"], str) else llm.encode(item["prompt"])
-    if chosen.stop:
-        llm.encode("")  # refuses stop strings where there is no tokenizer
-    return llm.submit(llm.engine.check(ids, chosen), chosen)
-
-
-def _result(output: Any) -> dict[str, Any]:
-    return {
-        "text": output.text,
-        "token_ids": output.token_ids,
-        "finish_reason": output.finish_reason,
-        "prompt_tokens": output.metrics.prompt_tokens,
-        "completion_tokens": output.metrics.completion_tokens,
-        "seed": output.outputs[0].seed,
-        **({"samples": [o.text for o in output.outputs]} if len(output.outputs) > 1 else {}),
-    }
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,34 @@ def test_batch_answers_every_line_and_reports_bad_ones(capsys, tiny_directory, t
     assert json.loads(printed.splitlines()[-1])["failed"] == 2
 
 
+def test_an_interrupted_batch_goes_on_where_it_was(capsys, tiny_directory, tmp_path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"Number {i}", "seed": i, "temperature": 1.0}) + "\n" for i in range(40)))
+    arguments = ["--model", str(tiny_directory), "--batch", str(source), "--out", str(out), "--max-tokens", "6"]
+    command = [sys.executable, "-m", "llminfer.run", *arguments, "--set", "slots=2", "--set", "decode_steps=1"]
+    running = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.DEVNULL)
+    while running.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 3):
+        time.sleep(0.005)
+    running.kill()
+    running.wait()
+    first = out.read_bytes()
+    kept = first[: first.rfind(b"\n") + 1]
+    out.write_bytes(kept + b'{"index": 39, "dig')  # as if cut off in the middle of a line
+    code, printed, _ = call(capsys, *arguments, "--json")
+    found = json.loads(printed.splitlines()[-1])
+    assert code == 0 and found["requests"] == 40 and found["resumed"] == kept.count(b"\n") >= 3
+    assert out.read_bytes().startswith(kept)
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(result["index"] for result in results) == list(range(40))
+    call(capsys, *arguments[:-4], "--out", str(tmp_path / "whole.jsonl"), "--max-tokens", "6")
+    whole = {r["index"]: r["token_ids"] for r in map(json.loads, (tmp_path / "whole.jsonl").read_text().splitlines())}
+    assert whole == {result["index"]: result["token_ids"] for result in results}
+    code, printed, _ = call(capsys, *arguments, "--json")  # nothing left: no model is loaded
+    assert code == 0 and json.loads(printed.splitlines()[-1])["resumed"] == 40
+    code, _, error = call(capsys, *arguments[:-1], "7")  # other parameters are other results
+    assert code == 2 and "line 1 is no result of this input with these parameters" in error
+
+
 def test_random_model_runs_without_a_tokenizer(capsys) -> None:
     code, out, _ = call(capsys, "--model", "config:tiny", "--max-tokens", "3", "--json")
     report = json.loads(out.splitlines()[-1])
@@ -148,7 +177,7 @@ def test_damaged_directories(capsys, tiny_directory, tmp_path) -> None:
         return copy_with(tiny_directory, tmp_path / name, **config)
 
     where = case("layers", num_hidden_layers=10**12)
-    assert "num_layers=1000000000000" in refused(capsys, "--model", str(where))
+    assert "num_hidden_layers=1000000000000" in refused(capsys, "--model", str(where))
     where = case("family", architectures=["ElmanForCausalLM"])
     assert "LlamaForCausalLM" in refused(capsys, "--model", str(where))
     where = case("truncated")
