@@ -20,6 +20,8 @@ from llminfer.errors import UserError, require_integer
 from llminfer.weights.gguf import GgufFile, Tensor, shown
 from llminfer.weights.gguf_types import dequantize
 
+CONTROL = 3  # tokenizer.ggml.token_type of a token that is never part of a text
+TURN_ENDS = frozenset(["<|end|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|eom_id|>", "<|END_OF_TURN_TOKEN|>", "[|endofturn|]"])
 ROPE_FREQS, ROPE_SHORT, ROPE_LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 # Part -> tensor: outside the layers; and the stem of "blk.N.STEM.weight" (or .bias, then the part ends with _bias).
 TOP_NAMES = {
@@ -195,6 +197,14 @@ def read_config(file: GgufFile) -> ModelConfig:
         raise UserError(f"{file.path}: {error}") from None
 
 
+def _turn_ends(metadata: Mapping[str, Any]) -> list[int]:
+    """Ids of the control tokens that end a turn: files older than eot_token_id name them by their spelling alone."""
+    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not isinstance(types, list):
+        return []
+    return [i for i, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind == CONTROL and token in TURN_ENDS]
+
+
 def _config(file: GgufFile, get: Fields, family: Family) -> ModelConfig:
     metadata, tensors = file.metadata, file.tensors
     sizes = {name: get.integer(key) for name, key in SIZES.items()}
@@ -206,7 +216,7 @@ def _config(file: GgufFile, get: Fields, family: Family) -> ModelConfig:
     if get.integer("attention.value_length", head_dim) != head_dim:
         raise UserError(f"attention.value_length={get.integer('attention.value_length')}: not supported; legal: {head_dim}, the key length")
     tokens, ids = metadata.get("tokenizer.ggml.tokens"), Fields(metadata, "tokenizer.ggml.")
-    eos = [ids.integer(key, -1) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
+    eos = [ids.integer(key, -1) for key in ("eos_token_id", "eot_token_id", "eom_token_id")] + _turn_ends(metadata)
     bos = ids.integer("bos_token_id", -1)
     epsilon = "attention.layer_norm_epsilon" if family.fixed.get("norm") == "layer" else "attention.layer_norm_rms_epsilon"
     embed = tensors.get(TOP_NAMES["embed"])

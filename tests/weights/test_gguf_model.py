@@ -131,6 +131,15 @@ def test_end_tokens_and_tied_heads(tmp_path, version):
         assert checkpoint.config == config and checkpoint.metadata == metadata_of(config) | ids
 
 
+def test_a_turn_ends_at_its_control_token_whether_or_not_the_file_says_so(tmp_path):
+    config = tiny(eos_ids=(2, 7))
+    tokens = [f"t{i}" for i in range(64)]
+    tokens[7] = tokens[9] = "<|end|>"
+    words = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * 7 + [3] + [1] * 56, "tokenizer.ggml.eos_token_id": 2}
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes(metadata_of(config) | words, tensors_of(config, random_parts(config))))
+    assert open_model(str(tmp_path / "m.gguf"), str(tmp_path / "cache")).config.eos_ids == (2, 7)
+
+
 REFUSED = [
     ("llama", {"expert_count": 8}, "llama.expert_count'=8: not supported; legal for this architecture: "),
     ("llama", {"rope.dimension_count": 3}, "rope.dimension_count=3: must be even"),
