@@ -40,7 +40,7 @@ class Checkpoint:
 
     def leaves(self, progress: Progress | None = None) -> Iterable[assemble.Leaf]:
         """The weights as named NumPy arrays (assemble.leaf_shapes), perhaps read-only: mapped where they were prepared before,
-        else read one by one, so that never more than a few are in memory. float32 from GGUF; from safetensors bfloat16 where
+        else read one by one, so that never more than a few are in memory. From GGUF float32, or bfloat16 where the file has it; from safetensors bfloat16 where
         the file is no wider, else float32. Raises UserError; a random model has no weights."""
         if self.tensors is None and self.directory is not None:
             return orbax.read_leaves(self.directory, self.config, progress)
@@ -58,7 +58,7 @@ class Checkpoint:
 
     def tokenizer(self) -> Any:
         """The model's tokenizer (llminfer.tokenizer), or None when the model has none."""
-        if self.random:
+        if self.random or (self.metadata is not None and self.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab")):
             return None
         # Imports the tokenizers package, which a caller that only wants shapes does not need.
         from llminfer import tokenizer, tokenizer_gguf

@@ -129,6 +129,7 @@ def test_end_tokens_and_tied_heads(tmp_path, version):
         (tmp_path / "m.gguf").write_bytes(gguf_bytes(metadata_of(config) | ids, tensors_of(config, random_parts(config)), version))
         checkpoint = open_model(str(tmp_path / "m.gguf"), str(tmp_path / "cache"))
         assert checkpoint.config == config and checkpoint.metadata == metadata_of(config) | ids
+        assert checkpoint.tokenizer() is None  # token ids work without
 
 
 def test_a_turn_ends_at_its_control_token_whether_or_not_the_file_says_so(tmp_path):
