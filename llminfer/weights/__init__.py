@@ -40,7 +40,8 @@ class Checkpoint:
 
     def leaves(self, progress: Progress | None = None) -> Iterable[assemble.Leaf]:
         """The weights as named NumPy arrays (assemble.leaf_shapes), perhaps read-only: mapped where they were prepared before,
-        else read one by one, so that never more than a few are in memory. bfloat16 where the file is no wider, else float32. Raises UserError; a random model has no weights."""
+        else read one by one, so that never more than a few are in memory. bfloat16 where the file is no wider, else float32.
+        Raises UserError; a random model has no weights."""
         if self.tensors is None and self.directory is not None:
             return orbax.read_leaves(self.directory, self.config, progress)
         if self.tensors is None:
