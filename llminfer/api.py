@@ -157,7 +157,8 @@ class LLM:
     @staticmethod
     def output(sequences: list[Sequence]) -> RequestOutput:
         """The result of one request from its sequences."""
-        return RequestOutput(sequences[0].request.prompt, [_completion(seq) for seq in sequences])
+        request = sequences[0].request
+        return RequestOutput(request.prompt, [_completion(seq) for seq in sequences], request.prompt_logprobs)
 
     def prompt_logits(self, token_ids: list[int]):
         """float32 [len, vocab]: the logits after every token of a prompt, computed through the paged cache in chunks."""
@@ -181,4 +182,5 @@ def _completion(seq: Sequence) -> Completion:
         if tokens > 1 and seq.last_time > seq.first_time:
             metrics.tokens_per_s = (tokens - 1) / (seq.last_time - seq.first_time)
     reason = seq.finish.value if seq.finish else None
-    return Completion(seq.index, seq.stream.text, list(seq.output), reason, request.seed, metrics)
+    logprobs = None if request.params.logprobs is None else seq.logprobs[:tokens]
+    return Completion(seq.index, seq.stream.text, list(seq.output), reason, request.seed, metrics, logprobs)

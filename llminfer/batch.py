@@ -9,7 +9,8 @@ from typing import Any
 import flax.struct
 import numpy as np
 
-from llminfer.request import MAX_STOPS
+from llminfer import request
+from llminfer.request import MAX_BIAS, MAX_STOPS
 from llminfer.sampler import SamplingBatch
 from llminfer.scheduler import Item, Plan
 
@@ -18,7 +19,7 @@ from llminfer.scheduler import Item, Plan
 class Batch:
     """A ragged batch of T token rows of R sequences; all int32. Row t of no sequence has position 0 and is ignored.
 
-    tokens [T]: ids; a negative one stands for the token that its slot drew last, still on the device.
+    tokens [T]: ids; a negative one stands for the token of its slot's history, still on the device.
     positions [T]. reach [T]: length of the sequence as far as it is known: its prompt's, or the context's where that is longer.
     q_start, q_len, kv_len [R] and tables (one [R, pages a sequence] a page group): as paged_attention.
     slots [R]: the slot of each sequence. draws [R]: 1 where a token is to be drawn after the sequence's last row.
@@ -39,13 +40,11 @@ class Batch:
 @flax.struct.dataclass
 class Loop:
     """What the decode loop needs beside the batch. steps, eager: int32 scalars: at most this many steps; leave as soon
-    as a sequence ends (someone waits for its slot). limit [R]: tokens each may still draw. stops [R, S]: token ids
-    that end it, -1 where unused."""
+    as a sequence ends (someone waits for its slot). limit [R]: tokens each may still draw."""
 
     steps: Any
     eager: Any
     limit: Any
-    stops: Any
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,7 @@ def pack(items: Sequence[Item], shape: BatchShape) -> Batch:
         ints["slots"][row], ints["draws"][row] = seq.slot, min(item.draws, 1)
         for table, pages in zip(tables, seq.pages, strict=True):
             table[row, : len(pages)] = pages
-        params = seq.request.params
-        sampling.temperature[row], sampling.top_k[row] = params.temperature, params.top_k
-        sampling.top_p[row], sampling.min_p[row], sampling.key[row] = params.top_p, params.min_p, seq.key
+        _pack_sampling(sampling, row, seq)
         at += item.count
     for table in tables:
         np.maximum(table, 0, out=table)  # pages that a window left behind: any valid id, never read
@@ -85,14 +82,30 @@ def pack(items: Sequence[Item], shape: BatchShape) -> Batch:
     return Batch(tokens=tokens, positions=positions, reach=reach, tables=tables, sampling=sampling, **ints)
 
 
+def _pack_sampling(sampling: SamplingBatch, row: int, seq: request.Sequence) -> None:
+    """All but the position, which the programs know."""
+    params, prompt = seq.request.params, len(seq.request.prompt)
+    sampling.temperature[row], sampling.top_k[row] = params.temperature, params.top_k
+    sampling.top_p[row], sampling.min_p[row], sampling.key[row] = params.top_p, params.min_p, seq.key
+    sampling.prompt_len[row] = prompt
+    ends = sorted(seq.request.end_ids)
+    sampling.ends[row, : len(ends)] = ends
+    if params.penalises:
+        sampling.penalties[row] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+    if params.logit_bias:
+        sampling.bias_ids[row, : len(params.logit_bias)] = list(params.logit_bias)
+        sampling.bias[row, : len(params.logit_bias)] = list(params.logit_bias.values())
+    if params.min_tokens:
+        sampling.end_from[row] = prompt + params.min_tokens
+    if params.logprobs is not None:
+        sampling.logprobs[row] = params.logprobs
+
+
 def pack_loop(plan: Plan, rows: int) -> Loop:
     """The NumPy Loop of a decode plan."""
-    limit, stops = np.zeros(rows, np.int32), np.full((rows, MAX_STOPS), -1, np.int32)
-    for row, item in enumerate(plan.items):
-        limit[row] = item.draws
-        ends = sorted(item.seq.request.end_ids)
-        stops[row, : len(ends)] = ends
-    return Loop(steps=np.int32(plan.steps), eager=np.int32(plan.eager), limit=limit, stops=stops)
+    limit = np.zeros(rows, np.int32)
+    limit[: len(plan.items)] = [item.draws for item in plan.items]
+    return Loop(steps=np.int32(plan.steps), eager=np.int32(plan.eager), limit=limit)
 
 
 def no_sampling(rows: int) -> SamplingBatch:
@@ -104,4 +117,11 @@ def no_sampling(rows: int) -> SamplingBatch:
         min_p=np.zeros(rows, np.float32),
         key=np.zeros((rows, 2), np.uint32),
         position=np.zeros(rows, np.int32),
+        prompt_len=np.zeros(rows, np.int32),
+        penalties=np.tile(np.array([1, 0, 0], np.float32), (rows, 1)),
+        bias_ids=np.full((rows, MAX_BIAS), -1, np.int32),
+        bias=np.zeros((rows, MAX_BIAS), np.float32),
+        ends=np.full((rows, MAX_STOPS), -1, np.int32),
+        end_from=np.zeros(rows, np.int32),
+        logprobs=np.full(rows, -1, np.int32),
     )

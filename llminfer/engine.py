@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +22,7 @@ from llminfer.config import EngineConfig, ModelConfig
 from llminfer.errors import UserError, refuse
 from llminfer.pages import Pages
 from llminfer.programs import Program, Programs, count_compiles
-from llminfer.request import MAX_STOPS, FinishReason, Request, SamplingParams, Sequence
+from llminfer.request import MAX_STOPS, FinishReason, Logprobs, Request, SamplingParams, Sequence
 from llminfer.sampler import request_key
 from llminfer.scheduler import Item, Plan, Scheduler
 from llminfer.step import NOTHING
@@ -30,6 +31,10 @@ from llminfer.text import TextStream
 
 # A decode loop that someone watches should come back this often, in seconds.
 STREAM_INTERVAL = 0.1
+
+
+class NoRoom(UserError):
+    """A prompt to be scored finds too few free pages."""
 
 
 class Engine:
@@ -48,14 +53,16 @@ class Engine:
         self._shapes = (
             placement.abstract_params(c, settings, target),
             placement.abstract_cache(c, settings, target, totals),
-            placement.abstract_last(settings, target),
+            placement.abstract_history(settings, target, self.context),
         )
         self.programs = Programs(c, target, self._shapes, settings.decode_steps, progress)
         self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shapes[1]))
         self.weights_bytes = 0
         self._params: Any = None
         self._cache: Any = None
-        self._last: Any = None
+        self._history: Any = None
+        self._known: dict[int, tuple[Sequence, int]] = {}  # slot -> whose whole context its history has; see _complete
+        self._arrived: deque[list[Sequence]] = deque()  # requests whose prompt is to be scored, and those behind them
         self._steps = {"mixed": 0, "decode": 0}
         self._prefill_tokens = self._decode_tokens = 0
         self._prefill_s = self._decode_s = 0.0
@@ -88,12 +95,16 @@ class Engine:
     def logprobs_program(self) -> Program:
         return Program("logprobs", self._shape(self.settings.chunk, 1))
 
+    @functools.cached_property
+    def _writer(self) -> Program:
+        return Program("history", self._shape(self.settings.chunk, 1))
+
     def warm_up(self, expect: tuple[int, int] | None = None) -> None:
         """Starts compiling in the background: all programs, the smaller first; or, where it is known what is expected (the
         tokens of a prompt, and sequences at once; 0 for none), only what that needs. What is left out is compiled when it is met."""
         if expect is None:
             first, *rest = self._mixed
-            self.programs.want([first, self._decode[0], *rest, *self._decode[1:]])
+            self.programs.want([first, self._decode[0], *rest, *self._decode[1:], self._writer])
             return
         tokens, sequences = expect
         chunks = {tokens % self.settings.chunk, min(tokens, self.settings.chunk)} - {0}
@@ -111,7 +122,7 @@ class Engine:
         self._params = placement.load_params(leaves, self.c, self.settings, self.target)
         self.weights_bytes = sum(x.nbytes for x in jax.tree.leaves(self._params))
         self._cache = kv.allocate(self._shapes[1], poison=self.settings.debug)
-        self._last = placement.zeros(self._shapes[2])
+        self._history = placement.zeros(self._shapes[2])
 
     # Requests ---------------------------------------------------------------------------------------------------
 
@@ -132,6 +143,9 @@ class Engine:
         ends = len(params.stop_token_ids) + (0 if params.ignore_eos else len(self.c.eos_ids))
         if ends > MAX_STOPS:
             raise refuse("stop_token_ids", ends, f"at most {MAX_STOPS} end tokens, the model's {len(self.c.eos_ids)} included")
+        for token in params.logit_bias or {}:
+            if token >= self.c.vocab_size:
+                raise refuse("logit_bias", token, f"its keys must be token ids from 0 to {self.c.vocab_size - 1}")
         return [int(token) for token in prompt]
 
     def add(self, prompt: list[int], params: SamplingParams, tokenizer: Any = None) -> list[Sequence]:
@@ -144,9 +158,31 @@ class Engine:
         for index in range(params.n):
             seq = Sequence(request, index, request_key(seed, index))
             seq.stream = TextStream(tokenizer.stream() if tokenizer else None, params.stops)
-            self.scheduler.add(seq)
             made.append(seq)
+        if self._arrived or params.prompt_logprobs is not None:
+            self._arrived.append(made)
+        else:
+            self._queue(made)
         return made
+
+    def _queue(self, sequences: list[Sequence]) -> None:
+        for seq in sequences:
+            if seq.finish is None:  # not aborted meanwhile
+                self.scheduler.add(seq)
+
+    def _receive(self) -> None:
+        """Queues what has arrived, in order; before it, prompts are scored that ask for it. What finds no pages for that waits, and
+        all behind it, until others have ended."""
+        while self._arrived:
+            request = self._arrived[0][0].request
+            if request.params.prompt_logprobs is not None and any(seq.finish is None for seq in self._arrived[0]):
+                try:
+                    request.prompt_logprobs = self._score(request, request.params.prompt_logprobs)
+                except NoRoom:
+                    if self.scheduler.running:
+                        return
+                    raise
+            self._queue(self._arrived.popleft())
 
     def _regime(self, length: int) -> str:
         """See Request: a prompt that is longer than a rope was trained for has keys of its own."""
@@ -154,17 +190,21 @@ class Engine:
         return f"dynamic {length}" if "dynamic" in past else "longrope" if past else ""
 
     def abort(self, seq: Sequence) -> None:
-        self.scheduler.end(seq, FinishReason.ABORT)
+        if any(seq in sequences for sequences in self._arrived):
+            seq.finish = seq.finish or FinishReason.ABORT
+        else:
+            self.scheduler.end(seq, FinishReason.ABORT)
 
     @property
     def busy(self) -> bool:
-        return self.scheduler.busy
+        return bool(self._arrived) or self.scheduler.busy
 
     def step(self, *, watched: bool = False) -> list[Sequence]:
         """One step; the sequences that got tokens or ended. watched: someone reads along, so come back soon."""
         most = self.settings.decode_steps
         if watched and self._step_s:
             most = max(1, min(most, int(STREAM_INTERVAL / self._step_s)))
+        self._receive()
         late = self.scheduler.expire(time.perf_counter())
         for seq in late:
             self._show(seq)
@@ -174,6 +214,9 @@ class Engine:
         kind = "decode" if plan.steps else "mixed"
         program = self._fit(self._decode, len(plan.items)) if plan.steps else self._fit(self._mixed, sum(i.count for i in plan.items))
         compiled = self.programs.get(program)
+        for item in plan.items:
+            if item.seq.request.params.penalises:
+                self._complete(item)
         with count_compiles(self._compiled):
             start = time.perf_counter()
             drawn = self._run(compiled, program, plan)
@@ -190,9 +233,30 @@ class Engine:
         if self.settings.debug:
             self._check_pages(plan)
         extra = (pack_loop(plan, program.shape.rows),) if plan.steps else ()
-        tokens, self._cache, self._last = compiled(self._params, self._cache, self._last, batch, *extra)
+        (tokens, said), self._cache, self._history = compiled(self._params, self._cache, self._history, batch, *extra)
         tokens = np.asarray(tokens).reshape(program.shape.rows, -1)[: len(plan.items)]
-        return [[int(t) for t in row if t != NOTHING] for row in tokens]
+        drawn = [[int(t) for t in row if t != NOTHING] for row in tokens]
+        asks = [(row, item.seq, most) for row, item in enumerate(plan.items) if (most := item.seq.request.params.logprobs) is not None]
+        if asks:
+            ids, values = (np.asarray(x).reshape(program.shape.rows, -1, x.shape[-1]) for x in said)
+            for row, seq, most in asks:
+                told = sum(token >= 0 for token in drawn[row])
+                seq.logprobs += _logprobs(ids[row, :told], values[row, :told], most)
+        return drawn
+
+    def _complete(self, item: Item) -> None:
+        """Puts the tokens that a prefix hit skipped into the history of the sequence's slot: once, whenever it gets one."""
+        seq, size = item.seq, self.settings.chunk
+        if self._known.get(seq.slot) == (seq, seq.preemptions):
+            return
+        self._known[seq.slot] = (seq, seq.preemptions)
+        for start in range(0, item.start, size):
+            tokens = np.zeros(size, np.int32)
+            count = min(size, item.start - start)
+            tokens[:count] = seq.slice(start, start + count)
+            write = self.programs.get(self._writer)
+            with count_compiles(self._compiled):
+                self._history = write(self._history, tokens, np.int32(seq.slot), np.int32(start), np.int32(count))
 
     def _check_pages(self, plan: Plan) -> None:
         for item in plan.items:
@@ -222,12 +286,17 @@ class Engine:
             seq.printed += 1
             if token in seq.request.end_ids:
                 continue  # an end token is not part of the text
-            if seq.stream.push(token):
+            if seq.stream.push(token, may_stop=self._may_stop(seq)):
                 del seq.output[seq.printed :]
                 self._stop(seq)
                 return
-        if seq.finish is not None and seq.stream.finish():
+        if seq.finish is not None and seq.stream.finish(may_stop=self._may_stop(seq)):
             self._stop(seq)
+
+    @staticmethod
+    def _may_stop(seq: Sequence) -> bool:
+        """Stop strings count from where end tokens can be drawn."""
+        return seq.printed > seq.request.params.min_tokens
 
     def _stop(self, seq: Sequence) -> None:
         """Ends a sequence at a stop string, also where the device had run on to another end."""
@@ -238,33 +307,42 @@ class Engine:
 
     def prompt_logits(self, prompt: list[int]) -> np.ndarray:
         """float32 [len, vocab] of every position, through the paged cache in chunks, as a served prompt would be."""
-        return np.concatenate(self._by_chunks(prompt, self._logits))
+        return np.concatenate(self._by_chunks(_plain(prompt), self._logits))
 
     def token_logprobs(self, prompt: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """(float32 [len - 1], bool [len - 1]) of the second token of a prompt and all after it: its log-probability given all before
         it, and whether none was likelier. The prompt has at most `context` tokens; computed as in prompt_logits."""
-        parts = self._by_chunks(prompt, self.logprobs_program, np.array([*prompt[1:], 0], np.int32))
-        logprobs, best = (np.concatenate(arrays)[:-1] for arrays in zip(*parts, strict=True))
+        parts = self._by_chunks(_plain(prompt), self.logprobs_program, most=0)
+        logprobs, best = (np.concatenate([part[i] for part in parts])[:-1] for i in range(2))
         return logprobs, best
 
-    def _by_chunks(self, prompt: list[int], program: Program, tokens: np.ndarray | None = None) -> list[Any]:
-        """What `program` returns for each chunk of a prompt, its padding cut off. tokens [len]: its further argument."""
-        request = Request(prompt, SamplingParams(), 0, 1, frozenset(), 0.0)
+    def _score(self, request: Request, most: int) -> list[Logprobs | None]:
+        """prompt_logprobs of a request. What it computes is then found in the prefix cache when the request is served."""
+        parts = self._by_chunks(request, self.logprobs_program, most=max(most, 1))
+        ids, values = (np.concatenate([part[2][i] for part in parts])[:-1] for i in range(2))
+        return [None, *_logprobs(ids, values, most)]
+
+    def _by_chunks(self, request: Request, program: Program, most: int | None = None) -> list[Any]:
+        """What `program` returns for each chunk of a prompt, its padding cut off. most: how many tokens the program of logprobs
+        shall tell of. Raises NoRoom."""
+        prompt, size = request.prompt, self.settings.chunk
         seq = Sequence(request, 0, request_key(0, 0), pages=[[] for _ in self.pages.groups])
         out: list[Any] = []
         compiled = self.programs.get(program)
         try:
             with count_compiles(self._compiled):
-                for start in range(0, len(prompt), self.settings.chunk):
-                    count = min(self.settings.chunk, len(prompt) - start)
-                    if not self.pages.reserve(seq, start + count):
-                        raise UserError(f"{program.kind}: {len(prompt)} tokens need more pages than are free ({self.pages.free})")
+                for start in range(0, len(prompt), size):
+                    count = min(size, len(prompt) - start)
+                    if not self.pages.reserve(seq, start + count, ahead=len(prompt)):
+                        raise NoRoom(f"{program.kind}: {len(prompt)} tokens need more pages than are free ({self.pages.free})")
                     batch = pack([Item(seq, start, count, 0)], program.shape)
-                    extra = () if tokens is None else (np.resize(tokens[start : start + count], program.shape.tokens),)
-                    found, self._cache, self._last = compiled(self._params, self._cache, self._last, batch, *extra)
+                    following = np.array([*prompt[start + 1 : start + count + 1], 0], np.int32)
+                    extra = () if most is None else (np.resize(following, size), np.int32(most))
+                    found, self._cache, self._history = compiled(self._params, self._cache, self._history, batch, *extra)
                     out.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count], found))
                     seq.computed = start + count
-                    self.pages.computed(seq)
+                    if not any(np.isnan(x).any() for x in jax.tree.leaves(out[-1])):
+                        self.pages.computed(seq)  # from now on others find it
         finally:
             self.pages.release(seq)
         return out
@@ -278,7 +356,7 @@ class Engine:
             "compile_s": round(sum(self.programs.seconds.values()), 3),
             "pages_free": self.pages.free,
             "pages_total": self.pages.total,
-            "waiting": len(self.scheduler.waiting),
+            "waiting": len(self.scheduler.waiting) + sum(map(len, self._arrived)),
             "running": len(self.scheduler.running),
             "preemptions": self.scheduler.preemptions,
             "prefix_hit_tokens": self.scheduler.prefix_hit_tokens,
@@ -292,3 +370,14 @@ class Engine:
             "weights_bytes": self.weights_bytes,
             "cache_bytes": self.cache_bytes,
         }
+
+
+def _plain(prompt: list[int]) -> Request:
+    """A prompt of which nothing but the model's answer is wanted."""
+    return Request(prompt, SamplingParams(), 0, 1, frozenset(), 0.0)
+
+
+def _logprobs(ids: np.ndarray, values: np.ndarray, most: int) -> list[Logprobs]:
+    """What the programs tell of some positions, [N, 1 + MAX_LOGPROBS] each: the chosen token and the `most` most likely."""
+    rows = zip(ids[:, : most + 1].tolist(), values[:, : most + 1].tolist(), strict=True)
+    return [{token: value for token, value in zip(*row, strict=True) if token >= 0} for row in rows]

@@ -56,9 +56,10 @@ def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, total
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes)
 
 
-def abstract_last(settings: EngineConfig, target: Target) -> Any:
-    """The int32 [slots] of tokens drawn last, on every device."""
-    return jax.ShapeDtypeStruct((settings.slots,), jnp.int32, sharding=sharding(target.mesh, (None,), first_device(target)))
+def abstract_history(settings: EngineConfig, target: Target, context: int) -> Any:
+    """The int32 [slots, context] of each slot's tokens, on every device."""
+    where = sharding(target.mesh, (), first_device(target))
+    return jax.ShapeDtypeStruct((settings.slots, context), jnp.int32, sharding=where)
 
 
 def zeros(shapes: Any) -> Any:

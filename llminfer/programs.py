@@ -36,7 +36,7 @@ _counting: ContextVar[list[int] | None] = ContextVar("counting", default=None)
 
 @dataclass(frozen=True)
 class Program:
-    """kind: mixed | decode | logits | logprobs; shape: its static sizes."""
+    """kind: mixed | decode | logits | logprobs | history; shape: its static sizes."""
 
     kind: str
     shape: BatchShape
@@ -46,7 +46,7 @@ class Programs:
     """Compiles `wanted` in the background, in that order, and anything else of its kinds when it is asked for."""
 
     def __init__(self, c: ModelConfig, target: Target, shapes: tuple[Any, Any, Any], most: int, progress: Any = None):
-        """shapes: abstract (weights, cache, last tokens); most: the longest decode loop."""
+        """shapes: abstract (weights, cache, history); most: the longest decode loop."""
         self.c, self.target, self.shapes, self.most = c, target, shapes, most
         self.seconds: dict[Program, float] = {}
         self.progress = progress
@@ -89,6 +89,10 @@ class Programs:
 
     def lower(self, program: Program) -> Any:
         """The lowered (not yet compiled) program: for the planner and for tests that read the HLO."""
+        if program.kind == "history":
+            history, number = self.shapes[2], np.int32(0)
+            write = jax.jit(step.write_history, donate_argnums=0, out_shardings=history.sharding)
+            return write.lower(history, np.zeros(program.shape.tokens, np.int32), number, number, number)
         functions = {"mixed": step.mixed_step, "decode": step.decode_loop, "logits": step.prompt_logits, "logprobs": step.token_logprobs}
         function = functions[program.kind]
         extra: tuple[Any, ...] = ()
@@ -96,10 +100,10 @@ class Programs:
         if program.kind == "decode":
             extra, keywords = (pack_loop(Plan(()), program.shape.rows),), {"most": self.most}
         if program.kind == "logprobs":
-            extra = (np.zeros(program.shape.tokens, np.int32),)
+            extra = (np.zeros(program.shape.tokens, np.int32), np.int32(0))
         function = functools.partial(function, c=self.c, target=self.target, **keywords)
         batch = pack((), program.shape)
-        # The cache and the last tokens come back as they went in; what is drawn is read by the host.
+        # The cache and the history come back as they went in; what is drawn is read by the host.
         kept = jax.tree.map(lambda s: s.sharding, self.shapes[1:])
         # The mesh tells kernels the chip that they are lowered for, present here or not.
         mesh = self.target.mesh or Mesh(np.array(list(kept[1].device_set)), ("devices",))

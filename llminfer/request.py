@@ -10,26 +10,29 @@ from typing import Any
 
 from llminfer.errors import UserError, refuse, require_integer
 
-# Parameters of the design that this version refuses by name unless they are left at these values.
-_LATER: dict[str, Any] = {
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logit_bias": None,
-    "min_tokens": 0,
-    "logprobs": None,
-    "prompt_logprobs": None,
-}
-MAX_STOPS = 16
+# Static sizes on the device: end tokens of a request, entries of logit_bias, and most likely tokens that logprobs can tell of.
+MAX_STOPS, MAX_BIAS, MAX_LOGPROBS = 16, 256, 20
+
+# What logprobs tell of one position: token id -> log-probability, the chosen token first.
+Logprobs = dict[int, float]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to generate. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. stop: strings that end the text
-    (not included in it); stop_token_ids end it too, beside the model's own end tokens unless ignore_eos. seed: any int64;
-    without one a fresh one is drawn and reported in the output. n: independent samples of one prompt. cache_salt:
-    prompts share cached pages only within one salt. priority: lower is served first. deadline_s: seconds from submission
-    after which the request ends with "abort" and what it has. A parameter that cannot be honoured is refused by name."""
+    """How to generate. A parameter that cannot be honoured is refused by name.
+
+    max_tokens, min_tokens: most output tokens; and how many must come before an end token can be drawn or a stop string counts.
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. seed: any int64; without one a fresh one is drawn and reported
+    in the output. n: independent samples of one prompt.
+    stop: strings that end the text (not included in it); stop_token_ids end it too, beside the model's own end tokens unless
+    ignore_eos.
+    logit_bias: token id -> what is added to its logit, at most 256 ids. Then, in this order: repetition_penalty r > 0: logits of
+    the tokens of prompt and output are divided by r where positive, multiplied where not; frequency_penalty f: - f x times in the
+    output; presence_penalty p: - p if it is in the output at all.
+    logprobs, prompt_logprobs: for each output token (and prompt token after the first) its log-probability and those of the
+    0 to 20 most likely ones, by the log_softmax of the model's raw logits: before bias, penalties, temperature and thresholds.
+    cache_salt: prompts share cached pages only within one salt. priority: lower is served first. deadline_s: seconds from
+    submission after which the request ends with "abort" and what it has."""
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -69,21 +72,38 @@ class SamplingParams:
         if self.seed is not None:
             require_integer("seed", self.seed, -(2**63), 2**63 - 1)
         _number("temperature", self.temperature, 0.0, 1000.0)
-        _number("top_p", self.top_p, 0.0, 1.0)
+        _number("top_p", self.top_p, 0.0, 1.0, above=True)
         _number("min_p", self.min_p, 0.0, 1.0)
-        if self.top_p == 0.0:
-            raise refuse("top_p", self.top_p, "must be above 0 and at most 1")
         for name, legal in (("ignore_eos", bool), ("cache_salt", str)):
             if not isinstance(getattr(self, name), legal):
                 raise refuse(name, getattr(self, name), f"must be a {legal.__name__}")
-        for name, default in _LATER.items():
-            if getattr(self, name) != default:
-                raise refuse(name, getattr(self, name), f"not supported in this version; legal: {default}")
+        self._check_adjustments()
+        require_integer("priority", self.priority, -(2**31), 2**31 - 1)
+        if self.deadline_s is not None:
+            _number("deadline_s", self.deadline_s, 0.0, 1e9, above=True)
+
+    def _check_adjustments(self) -> None:
+        """What changes the logits, and what is told of them."""
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 1e6, above=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        require_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.min_tokens > self.max_tokens:
+            raise refuse("min_tokens", self.min_tokens, f"must be at most max_tokens ({self.max_tokens})")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                require_integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return tuple(self.stop or ())
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what is drawn depends on the tokens before, beside the model."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> SamplingParams:
@@ -99,9 +119,31 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
-        raise refuse(name, value, f"must be a number from {low:g} to {high:g}")
+def _number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+    """above: `low` itself is not legal."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high or (above and value == low):
+        raise refuse(
+            name, value, f"must be a number above {low:g} and at most {high:g}" if above else f"must be a number from {low:g} to {high:g}"
+        )
+
+
+def _bias(given: Any) -> dict[int, float] | None:
+    """logit_bias, checked; ids may be strings of digits, as JSON has them."""
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise refuse("logit_bias", given, "must be a dict of token id -> number")
+    if len(given) > MAX_BIAS:
+        raise refuse("logit_bias", f"{len(given)} entries", f"must have at most {MAX_BIAS}")
+    found: dict[int, float] = {}
+    for key, value in given.items():
+        token: Any = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20 else key
+        if not _is_int(token) or token < 0 or token in found:
+            raise refuse("logit_bias", key, "its keys must be token ids >= 0, each once")
+        _number(f"logit_bias[{token}]", value, -1e9, 1e9)
+        found[token] = float(value)
+    return found
 
 
 class FinishReason(StrEnum):
@@ -129,7 +171,7 @@ class Metrics:
 
 @dataclass
 class Completion:
-    """One sample. token_ids include the end token; text does not, nor a stop string."""
+    """One sample. token_ids include the end token; text does not, nor a stop string. logprobs: one for each of token_ids."""
 
     index: int
     text: str
@@ -137,15 +179,17 @@ class Completion:
     finish_reason: str | None
     seed: int
     metrics: Metrics
-    logprobs: None = None
+    logprobs: list[Logprobs] | None = None
 
 
 @dataclass
 class RequestOutput:
-    """All samples of one request; text, token_ids and so on are those of the first."""
+    """All samples of one request; text, token_ids and so on are those of the first. prompt_logprobs: one for each token of the
+    prompt; None for the first, which nothing foretells."""
 
     prompt_token_ids: list[int]
     outputs: list[Completion]
+    prompt_logprobs: list[Logprobs | None] | None = None
 
     @property
     def text(self) -> str:
@@ -160,7 +204,7 @@ class RequestOutput:
         return self.outputs[0].finish_reason
 
     @property
-    def logprobs(self) -> None:
+    def logprobs(self) -> list[Logprobs] | None:
         return self.outputs[0].logprobs
 
     @property
@@ -181,6 +225,7 @@ class Request:
     end_ids: frozenset[int]
     arrived: float
     regime: str = ""
+    prompt_logprobs: list[Logprobs | None] | None = None
 
 
 @dataclass(eq=False)
@@ -193,6 +238,7 @@ class Sequence:
     index: int
     key: Any
     output: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)  # of output, where params ask
     computed: int = 0
     slot: int = -1
     pages: list[list[int]] = field(default_factory=list)

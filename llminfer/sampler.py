@@ -6,6 +6,8 @@ v) alone, so a token depends neither on the other rows, their order, the padding
 
 Top-k, top-p and min-p each keep the ids of logit >= some bound, ties included. The bound is found exactly, without a sort, by 32
 halvings of the range of float32 numbers in their order as integers; each is one fused masked sum over the row.
+
+Before that `adjust` applies what was asked of the logits themselves: logit_bias, penalties and min_tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llminfer.request import MAX_LOGPROBS
+
 _MAX = np.finfo(np.float32).max
 _TINY = np.finfo(np.float32).tiny
+_BLOCK = 256  # positions of a history that are counted at a time
 
 
 @flax.struct.dataclass
@@ -33,6 +38,13 @@ class SamplingBatch:
     min_p: Any  # [R] float32 in [0, 1]; keep the ids of probability >= min_p x the largest; 0: off
     key: Any  # [R, 2] uint32; see request_key
     position: Any  # [R] int32; of the token that is drawn; folded into the key
+    prompt_len: Any  # [R] int32; positions from there on are output
+    penalties: Any  # [R, 3] float32; repetition (1: off), presence and frequency (0: off); see SamplingParams
+    bias_ids: Any  # [R, MAX_BIAS] int32; each at most once; -1: unused
+    bias: Any  # [R, MAX_BIAS] float32
+    ends: Any  # [R, MAX_STOPS] int32; token ids that end the row's sequence; -1: unused
+    end_from: Any  # [R] int32; `ends` cannot be drawn at positions before it
+    logprobs: Any  # [R] int32; most likely tokens to tell of beside the drawn one; -1: tell nothing
 
 
 def threefry2x32(key: tuple[Any, Any], counter: tuple[Any, Any], wrap: Callable[[Any], Any] = lambda x: x) -> tuple[Any, Any]:
@@ -61,21 +73,112 @@ def request_key(seed: int, sample_index: int) -> np.ndarray:
     return np.array(key, np.uint32)
 
 
+def draw(logits: jax.Array, s: SamplingBatch, history: jax.Array, slots: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The next token of each row, and what the raw logits say of it.
+
+    logits [R, V]; history [slots, N] int32: the tokens of each slot by position, those before s.position in place; slots [R].
+    Returns tokens [R] int32 (-1 as for `sample`) and `top_logprobs`, all zeros where no row asks for them."""
+    logits = logits.astype(jnp.float32)
+
+    def adjusted() -> jax.Array:
+        # A number that is none must be seen also where its id could not be drawn.
+        return jnp.where(_row_max(logits)[1], sample(adjust(logits, s, history[slots]), s), -1)
+
+    # Around the whole drawing: a cond that gave back logits would copy them where nothing is asked.
+    token = lax.cond(jnp.any(_biased(s) | _penalised(s) | _held(s)), adjusted, lambda: sample(logits, s))
+    shape = (logits.shape[0], 1 + MAX_LOGPROBS)
+    nothing = lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+    return token, lax.cond(jnp.any(s.logprobs >= 0), lambda: top_logprobs(logits, token), nothing)
+
+
+def _biased(s: SamplingBatch) -> jax.Array:
+    return (s.bias_ids >= 0).any(axis=1)
+
+
+def _penalised(s: SamplingBatch) -> jax.Array:
+    return (s.penalties != jnp.array([1.0, 0.0, 0.0])).any(axis=1)
+
+
+def _held(s: SamplingBatch) -> jax.Array:
+    return s.position < s.end_from
+
+
+def adjust(logits: jax.Array, s: SamplingBatch, history: jax.Array) -> jax.Array:
+    """Float32 logits [R, V] after logit_bias, repetition, frequency and presence penalty and min_tokens, in that order (as vLLM's).
+
+    history [R, N] int32: the row's tokens by position; at s.position and beyond it is not read. Rows that ask for nothing come back
+    as they went in. Repetition as in CTRL (Keskar et al., arXiv:1909.05858); presence and frequency as in OpenAI's API."""
+    row, width = jnp.arange(logits.shape[0])[:, None], logits.shape[1]
+    column = lambda ids, used: jnp.where((ids >= 0) & used, ids, width)  # what is unused falls beside the row
+
+    def biased() -> jax.Array:
+        return logits.at[row, column(s.bias_ids, True)].add(s.bias, mode="drop")
+
+    x = lax.cond(jnp.any(_biased(s)), biased, lambda: logits)
+
+    def penalised() -> jax.Array:
+        counts = _counts(history, s, width)
+        repetition, presence, frequency = (s.penalties[:, i, None] for i in range(3))
+        y = jnp.where(counts > 0, jnp.where(x > 0, x / repetition, x * repetition), x)
+        times = counts >> 1
+        y = y - frequency * times - presence * (times > 0)
+        return jnp.where(jnp.isfinite(x), jnp.clip(y, -_MAX, _MAX), x)  # a penalty makes nothing infinite, nor finite
+
+    x = lax.cond(jnp.any(_penalised(s)), penalised, lambda: x)
+    held = lambda: x.at[row, column(s.ends, _held(s)[:, None])].set(-jnp.inf, mode="drop")
+    return lax.cond(jnp.any(_held(s)), held, lambda: x)
+
+
+def _counts(history: jax.Array, s: SamplingBatch, width: int) -> jax.Array:
+    """For each token id [R, width]: 2 x its times in the output, + 1 if it is in the prompt; 0 for rows without penalties.
+    Takes the time of the longest context that asks, not of the longest possible."""
+    rows, most = history.shape
+    block, asks = min(_BLOCK, most), _penalised(s)
+
+    def over(counts: jax.Array, first: jax.Array, last: jax.Array, write: Callable[[Any], jax.Array]) -> jax.Array:
+        """write(counts.at[row, ids]) for the positions first <= it < last of each row."""
+        first, last = jnp.where(asks, first, most), jnp.where(asks, last, 0)
+
+        def body(i: jax.Array, counts: jax.Array) -> jax.Array:
+            start = jnp.minimum(i * block, most - block)
+            at = (start + jnp.arange(block))[None]
+            inside = (at >= jnp.maximum(first, i * block)[:, None]) & (at < last[:, None])
+            ids = jnp.where(inside, lax.dynamic_slice_in_dim(history, start, block, axis=1), width)
+            return write(counts.at[jnp.arange(rows)[:, None], ids])
+
+        return lax.fori_loop(jnp.min(first) // block, (jnp.max(last) + block - 1) // block, body, counts)
+
+    counts = over(jnp.zeros((rows, width), jnp.int32), jnp.zeros_like(s.position), s.prompt_len, lambda at: at.set(1, mode="drop"))
+    return over(counts, s.prompt_len, s.position, lambda at: at.add(2, mode="drop"))
+
+
+def top_logprobs(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ids int32 and log-probabilities float32, each [R, 1 + MAX_LOGPROBS]: of token [R], then of the most likely ids, by the
+    log_softmax of float32 logits [R, V]. Where the vocabulary is smaller than MAX_LOGPROBS the rest has id -1."""
+    most = min(MAX_LOGPROBS, logits.shape[1])
+    values, ids = lax.top_k(logits, most)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)
+    values = jnp.concatenate([chosen, values], axis=1) - jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    ids = jnp.concatenate([token[:, None], ids], axis=1)
+    pad = ((0, 0), (0, MAX_LOGPROBS - most))
+    return jnp.pad(ids, pad, constant_values=-1), jnp.pad(values, pad)
+
+
 def sample(logits: jax.Array, s: SamplingBatch) -> jax.Array:
-    """Draws one token id a row: logits [R, V] (any float; -inf: never drawn) -> [R] int32.
+    """Draws one token id a row: logits [R, V] (any float; -inf: never drawn), adjusted already -> [R] int32.
 
     Greedy rows take the largest logit, the lowest id of equals. A row that holds NaN or +inf, or nothing above -inf, gives -1.
     A batch of greedy rows costs a maximum and a search; noise and each threshold are computed only if some row asks."""
     logits = logits.astype(jnp.float32)
     top, valid = _row_max(logits)
 
-    def draw() -> jax.Array:
+    def by_chance() -> jax.Array:
         score = _gumbel(_bits(s, logits.shape[1])) - _distance(logits, top, s)
         score = jnp.where(logits >= _bound(logits, top, s), score, -jnp.inf)
         score = jnp.where((s.temperature > 0)[:, None], score, logits)
         return _first(score, jnp.max(score, axis=-1, keepdims=True))
 
-    token = lax.cond(jnp.any(s.temperature > 0), draw, lambda: _first(logits, top))
+    token = lax.cond(jnp.any(s.temperature > 0), by_chance, lambda: _first(logits, top))
     return jnp.where(valid, token, -1)
 
 

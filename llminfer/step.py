@@ -1,7 +1,8 @@
 """The programs that run on the device: a mixed step, a decode loop, and the logits (or what they say of given tokens) of a prompt chunk.
 
-Each is a pure function of (weights, cache, last tokens, batch) with static shapes; the cache and `last` are donated.
-last [slots] int32 holds the token that each slot drew last, so that a next step can be sent before this one is read.
+Each is a pure function of (weights, cache, history, batch) with static shapes; the cache and the history are donated.
+history [slots, context] int32 holds the tokens of each slot by position: what a step works on and what it draws. So a next step can
+be sent before this one is read, and penalties know the tokens before. What a prefix hit skips is written by `write_history`.
 """
 
 from __future__ import annotations
@@ -16,35 +17,38 @@ from llminfer.batch import Batch, Loop
 from llminfer.cache import KVCache
 from llminfer.config import ModelConfig
 from llminfer.params import Params
-from llminfer.sampler import sample
+from llminfer.request import MAX_LOGPROBS
+from llminfer.sampler import draw, top_logprobs
 from llminfer.target import Target
 
 # What the programs return where no token was drawn, and where a row's logits were not numbers.
 NOTHING, NOT_A_NUMBER = -1, -2
 
 
-def mixed_step(params: Params, cache: KVCache, last: jax.Array, batch: Batch, *, c: ModelConfig, target: Target):
-    """Chunks of prompts and single decode tokens together. Returns (tokens int32 [R], cache, last)."""
-    rows = batch.q_start.shape[0]
-    batch = _fill(batch, last)
+def mixed_step(params: Params, cache: KVCache, history: jax.Array, batch: Batch, *, c: ModelConfig, target: Target):
+    """Chunks of prompts and single decode tokens together. Returns ((tokens int32 [R], what `sampler.draw` tells of them), cache,
+    history)."""
+    rows, slots = batch.q_start.shape[0], history.shape[0]
+    batch, history = _fill(batch, history)
     hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
     ends = jnp.clip(batch.q_start + batch.q_len - 1, 0, hidden.shape[0] - 1)
     drew = batch.draws > 0
     # The chunks of a long prompt before the last draw nothing: no need to read the output head.
-    nothing = jnp.full(rows, NOTHING, jnp.int32)
-    tokens = jax.lax.cond(drew.any(), lambda: jnp.where(drew, _draw(params, hidden[ends], batch, c), NOTHING), lambda: nothing)
-    slots = jnp.where(drew, batch.slots, last.shape[0])
-    return tokens, cache, last.at[slots].set(tokens, mode="drop")
+    nothing = (jnp.full(rows, NOTHING, jnp.int32), _said((rows,)))
+    tokens, said = jax.lax.cond(drew.any(), lambda: _draw(params, hidden[ends], batch, history, c), lambda: nothing)
+    tokens = jnp.where(drew, tokens, NOTHING)
+    history = history.at[jnp.where(drew, batch.slots, slots), batch.kv_len].set(tokens, mode="drop")
+    return (tokens, said), cache, history
 
 
-def decode_loop(params: Params, cache: KVCache, last: jax.Array, batch: Batch, loop: Loop, *, c: ModelConfig, target: Target, most: int):
-    """Up to loop.steps (at most `most`) decode steps of one token a sequence, sampling and stopping on the device.
-    Returns (tokens int32 [R, most], cache, last): NOTHING after a sequence's end."""
-    rows = batch.q_start.shape[0]
-    batch = _fill(batch, last)
+def decode_loop(params: Params, cache: KVCache, history: jax.Array, batch: Batch, loop: Loop, *, c: ModelConfig, target: Target, most: int):
+    """Up to loop.steps (at most `most`) decode steps of one token a sequence, sampling and stopping on the device. Returns ((tokens
+    int32 [R, most], what `sampler.draw` tells of them [R, most, ...]), cache, history): NOTHING after a sequence's end."""
+    rows, slots = batch.q_start.shape[0], history.shape[0]
+    batch, history = _fill(batch, history)
 
     def step(carry):
-        i, live, tokens, length, cache, out = carry
+        i, live, tokens, length, cache, history, out = carry
         now = replace(
             batch,
             tokens=tokens,
@@ -54,11 +58,12 @@ def decode_loop(params: Params, cache: KVCache, last: jax.Array, batch: Batch, l
             kv_len=length,
         )
         hidden, cache = model.forward(params, cache, now, c, target, q_max=1)
-        drawn = _draw(params, hidden, now, c)
-        out = out.at[:, i].set(jnp.where(live, drawn, NOTHING))
-        stop = (drawn[:, None] == loop.stops).any(1) | (drawn < 0) | (i + 1 >= loop.limit)
+        drawn, said = _draw(params, hidden, now, history, c)
+        history = history.at[jnp.where(live, batch.slots, slots), length].set(drawn, mode="drop")
+        out = jax.tree.map(lambda whole, x: whole.at[:, i].set(x), out, (jnp.where(live, drawn, NOTHING), said))
+        stop = (drawn[:, None] == batch.sampling.ends).any(1) | (drawn < 0) | (i + 1 >= loop.limit)
         tokens = jnp.where(live, drawn, tokens)
-        return i + 1, live & ~stop, tokens, length + live, cache, out
+        return i + 1, live & ~stop, tokens, length + live, cache, history, out
 
     def more(carry):
         i, live = carry[:2]
@@ -66,35 +71,50 @@ def decode_loop(params: Params, cache: KVCache, last: jax.Array, batch: Batch, l
         return (i < loop.steps) & live.any() & (whole | (loop.eager == 0))
 
     started = batch.q_len > 0
-    out = jnp.full((rows, most), NOTHING, jnp.int32)
-    start = (jnp.int32(0), started, batch.tokens, batch.kv_len, cache, out)
-    _, _, tokens, _, cache, out = jax.lax.while_loop(more, step, start)
-    slots = jnp.where(started, batch.slots, last.shape[0])
-    return out, cache, last.at[slots].set(tokens, mode="drop")
+    out = (jnp.full((rows, most), NOTHING, jnp.int32), _said((rows, most)))
+    start = (jnp.int32(0), started, batch.tokens, batch.kv_len, cache, history, out)
+    *_, cache, history, out = jax.lax.while_loop(more, step, start)
+    return out, cache, history
 
 
-def prompt_logits(params: Params, cache: KVCache, last: jax.Array, batch: Batch, *, c: ModelConfig, target: Target):
-    """The logits of every row of one chunk, float32 [T, V]; (logits, cache, last)."""
+def prompt_logits(params: Params, cache: KVCache, history: jax.Array, batch: Batch, *, c: ModelConfig, target: Target):
+    """The logits of every row of one chunk, float32 [T, V]; (logits, cache, history)."""
     hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
-    return model.logits(params, hidden, c), cache, last
+    return model.logits(params, hidden, c), cache, history
 
 
-def token_logprobs(params: Params, cache: KVCache, last: jax.Array, batch: Batch, tokens: jax.Array, *, c: ModelConfig, target: Target):
+def token_logprobs(params, cache, history, batch: Batch, tokens: jax.Array, most: jax.Array, *, c: ModelConfig, target: Target):
     """What every row of one chunk says of the token given for it, tokens int32 [T]. Returns ((its log-probability float32 [T],
-    whether no other has a larger logit bool [T]), cache, last): the logits stay on the device."""
-    logits, cache, last = prompt_logits(params, cache, last, batch, c=c, target=target)
+    whether no other has a larger logit bool [T], `top_logprobs`, zeros where `most` is 0), cache, history): the logits stay on
+    the device."""
+    logits, cache, history = prompt_logits(params, cache, history, batch, c=c, target=target)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-    return (chosen - jax.nn.logsumexp(logits, axis=1), chosen >= logits.max(axis=1)), cache, last
+    said = jax.lax.cond(most > 0, lambda: top_logprobs(logits, tokens), lambda: _said(tokens.shape))
+    return (chosen - jax.nn.logsumexp(logits, axis=1), chosen >= logits.max(axis=1), said), cache, history
 
 
-def _fill(batch: Batch, last: jax.Array) -> Batch:
-    """Puts the token drawn last in place of negative ids: those rows are the first (and only) of their sequence."""
-    rows = batch.tokens.shape[0]
-    drawn = jnp.zeros(rows, jnp.int32).at[jnp.where(batch.q_len > 0, batch.q_start, rows)].set(last[batch.slots], mode="drop")
-    return replace(batch, tokens=jnp.where(batch.tokens < 0, drawn, batch.tokens))
+def write_history(history: jax.Array, tokens: jax.Array, slot: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+    """Puts the first `count` of tokens [T] into the history of a slot, from position `start`."""
+    at = jnp.arange(tokens.shape[0])
+    return history.at[slot, jnp.where(at < count, start + at, history.shape[1])].set(tokens, mode="drop")
 
 
-def _draw(params: Params, hidden: jax.Array, batch: Batch, c: ModelConfig) -> jax.Array:
+def _fill(batch: Batch, history: jax.Array) -> tuple[Batch, jax.Array]:
+    """Takes the tokens of negative ids from the history, and puts all the others into it."""
+    row = jnp.arange(batch.tokens.shape[0])
+    mine = (row >= batch.q_start[:, None]) & (row < (batch.q_start + batch.q_len)[:, None])
+    slots = jnp.min(jnp.where(mine, batch.slots[:, None], history.shape[0]), axis=0)  # rows of nobody: beside the history
+    tokens = jnp.where(batch.tokens < 0, history[slots, batch.positions], batch.tokens)
+    return replace(batch, tokens=tokens), history.at[slots, batch.positions].set(tokens, mode="drop")
+
+
+def _said(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """What `top_logprobs` gives where nobody asks."""
+    return jnp.zeros((*shape, 1 + MAX_LOGPROBS), jnp.int32), jnp.zeros((*shape, 1 + MAX_LOGPROBS), jnp.float32)
+
+
+def _draw(params: Params, hidden: jax.Array, batch: Batch, history: jax.Array, c: ModelConfig):
     # The drawn token's position is the context length: the same noise whatever the batch, also after a preemption.
-    tokens = sample(model.logits(params, hidden, c), replace(batch.sampling, position=batch.kv_len))
-    return jnp.where(tokens < 0, NOT_A_NUMBER, tokens)
+    sampling = replace(batch.sampling, position=batch.kv_len)
+    tokens, said = draw(model.logits(params, hidden, c), sampling, history, batch.slots)
+    return jnp.where(tokens < 0, NOT_A_NUMBER, tokens), said

@@ -15,26 +15,27 @@ class TextStream:
         self.text = ""
         self.shown = 0
 
-    def push(self, token: int) -> bool:
-        """Adds a token. True when a stop string is complete: the text then ends before it."""
+    def push(self, token: int, *, may_stop: bool = True) -> bool:
+        """Adds a token. True when a stop string is complete: the text then ends before it. may_stop: whether one that this token
+        completes counts."""
         if self.detokenizer is None:
             return False
-        return self._grow(self.detokenizer.push([token]))
+        return self._grow(self.detokenizer.push([token]), may_stop)
 
-    def finish(self) -> bool:
+    def finish(self, *, may_stop: bool = True) -> bool:
         """The sequence has ended: releases what was held back. True as for push."""
-        found = self._grow(self.detokenizer.flush()) if self.detokenizer is not None else False
+        found = self._grow(self.detokenizer.flush(), may_stop) if self.detokenizer is not None else False
         self.shown = len(self.text)
         return found
 
-    def _grow(self, new: str) -> bool:
+    def _grow(self, new: str, may_stop: bool) -> bool:
         if not new:
             return False
-        longest = max((len(stop) for stop in self.stops), default=1)
-        start = max(0, len(self.text) - longest + 1)
+        before = len(self.text)
         self.text += new
-        places = [at for stop in self.stops if (at := self.text.find(stop, start)) >= 0]
-        if places:
+        # Only what ends in the new text: one that was complete before did not count.
+        places = [at for stop in self.stops if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
+        if places and may_stop:
             self.text = self.text[: min(places)]
             self.shown = len(self.text)
             return True

@@ -199,7 +199,7 @@ def test_int8_weights_stay_close() -> None:
         ([1], {"max_tokens": 0}, "max_tokens=0"),
         ([1], {"temperature": -1.0}, "temperature=-1.0"),
         ([1], {"top_p": 0.0}, "top_p=0.0"),
-        ([1], {"logprobs": 3}, "logprobs=3: not supported"),
+        ([1], {"logprobs": 21}, "logprobs=21: must be an integer from 0 to 20"),
         ([1], {"seed": 2**63}, "seed="),
         ([1], {"stop": ["x"]}, "tokenizer"),
         ("text", {}, "tokenizer"),

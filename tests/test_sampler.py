@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llminfer import sampler
+from llminfer.batch import no_sampling
 from llminfer.sampler import SamplingBatch, request_key
 
 sample = jax.jit(sampler.sample)
@@ -25,7 +27,8 @@ def batch(
     fill = lambda x, dtype: np.broadcast_to(np.asarray(x, dtype), (rows,)).copy()
     f, i = np.float32, np.int32
     key = np.stack([request_key(seed, n) for n in range(rows)])
-    return SamplingBatch(fill(temperature, f), fill(top_k, i), fill(top_p, f), fill(min_p, f), key, fill(position, i))
+    drawn = {"temperature": fill(temperature, f), "top_k": fill(top_k, i), "top_p": fill(top_p, f), "min_p": fill(min_p, f)}
+    return dataclasses.replace(no_sampling(rows), key=key, position=fill(position, i), **drawn)
 
 
 def take(s: SamplingBatch, rows) -> SamplingBatch:

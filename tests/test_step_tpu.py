@@ -30,7 +30,7 @@ def compiled(topology: str, pages: int, kind: str):
     shapes = (
         params.abstract(params.stacked_specs(c), jnp.bfloat16),
         cache.abstract(c, (pages,), 16, jnp.bfloat16, stacked=True),
-        jax.ShapeDtypeStruct((SLOTS,), jnp.int32),
+        jax.ShapeDtypeStruct((SLOTS, CONTEXT), jnp.int32),
     )
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
     programs = Programs(c, Target.of("tpu"), shapes, most=32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from llminfer import LLM, SamplingParams
 from llminfer.text import TextStream
 
@@ -36,10 +38,10 @@ def test_the_text_ends_before_the_first_stop_string() -> None:
 
 def test_a_stop_string_is_the_reason_also_where_the_loop_ran_to_its_length(tiny_directory) -> None:
     llm = LLM(str(tiny_directory), slots=2, context=128, chunk=32, decode_steps=4, dtype="float32")
-    free = llm.generate("Hello", SamplingParams(max_tokens=5, ignore_eos=True))[0]
-    end = next(i for i in range(1, len(free.text)) if free.text.isascii() or free.text[i] != "\ufffd")
-    stop = free.text[end]
-    cut = llm.generate("Hello", SamplingParams(max_tokens=5, ignore_eos=True, stop=[stop]))[0]
+    params = SamplingParams(max_tokens=5, ignore_eos=True, logit_bias=dict.fromkeys(llm.encode("abcdefgh"), 100.0), presence_penalty=2.0)
+    free = llm.generate("Hello", params)[0]
+    stop = free.text[2]
+    cut = llm.generate("Hello", dataclasses.replace(params, stop=[stop]))[0]
     assert cut.text == free.text[: free.text.index(stop)]
     assert cut.finish_reason == "stop"
     assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
