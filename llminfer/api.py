@@ -9,6 +9,7 @@ from typing import Any
 
 from llminfer.config import EngineConfig
 from llminfer.errors import UserError, as_user_error, refuse
+from llminfer.metrics import exposition
 from llminfer.request import Completion, Metrics, RequestOutput, SamplingParams, Sequence
 from llminfer.weights import open_model
 from llminfer.weights.store import cache_root
@@ -167,6 +168,10 @@ class LLM:
     def stats(self) -> dict[str, Any]:
         """Counters of the engine since it started."""
         return self.engine.stats() | {"load_s": self.load_s}
+
+    def prometheus(self) -> str:
+        """The counters of `stats` in the text format that Prometheus reads."""
+        return exposition(self.stats())
 
     def close(self) -> None:
         """Ends the background threads."""

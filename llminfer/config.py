@@ -277,8 +277,13 @@ def from_toml(name: str) -> ModelConfig:
         raise refuse("config", name, f"legal: {', '.join(names)}")
     data = tomllib.loads((folder / f"{name}.toml").read_text())
     if "ropes" in data:
-        data["ropes"] = tuple(Rope(**{k: tuple(v) if isinstance(v, list) else v for k, v in rope.items()}) for rope in data["ropes"])
+        data["ropes"] = tuple(_rope_of(rope) for rope in data["ropes"])
     for field in ("windows", "rope_layers", "eos_ids"):
         if field in data:
             data[field] = tuple(data[field])
     return ModelConfig(name=name, **data)
+
+
+def _rope_of(fields: dict[str, Any]) -> Rope:
+    lists: Any = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return Rope(**fields | lists)

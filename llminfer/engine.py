@@ -20,6 +20,7 @@ from llminfer import placement
 from llminfer.batch import BatchShape, pack, pack_loop
 from llminfer.config import EngineConfig, ModelConfig
 from llminfer.errors import UserError, refuse
+from llminfer.metrics import Histogram
 from llminfer.pages import Pages
 from llminfer.programs import Program, Programs, count_compiles
 from llminfer.request import MAX_STOPS, FinishReason, Logprobs, Request, SamplingParams, Sequence
@@ -63,7 +64,7 @@ class Engine:
         self._history: Any = None
         self._known: dict[int, tuple[Sequence, int]] = {}  # slot -> whose whole context its history has; see _complete
         self._arrived: deque[list[Sequence]] = deque()  # requests whose prompt is to be scored, and those behind them
-        self._steps = {"mixed": 0, "decode": 0}
+        self._times = {"mixed": Histogram(), "decode": Histogram()}
         self._prefill_tokens = self._decode_tokens = 0
         self._prefill_s = self._decode_s = 0.0
         self._compiled = [0]
@@ -221,7 +222,7 @@ class Engine:
             start = time.perf_counter()
             drawn = self._run(compiled, program, plan)
             seconds = time.perf_counter() - start
-        self._steps[kind] += 1
+        self._times[kind].observe(seconds)
         self._book(plan, drawn, seconds)
         touched = self.scheduler.commit(plan, drawn)
         for seq in touched:
@@ -349,7 +350,7 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start; see DESIGN for the names."""
-        loops = self._steps["decode"]
+        times = {kind: histogram.snapshot() for kind, histogram in self._times.items()}
         return {
             "compiles_after_warmup": self._compiled[0],
             "programs": {f"{p.kind}_{p.shape.tokens}": round(s, 3) for p, s in self.programs.seconds.items()},
@@ -360,8 +361,9 @@ class Engine:
             "running": len(self.scheduler.running),
             "preemptions": self.scheduler.preemptions,
             "prefix_hit_tokens": self.scheduler.prefix_hit_tokens,
-            "mixed_steps": self._steps["mixed"],
-            "decode_loops": loops,
+            "mixed_steps": times["mixed"]["count"],
+            "decode_loops": times["decode"]["count"],
+            "step_seconds": times,
             "prefill_tokens": self._prefill_tokens,
             "decode_tokens": self._decode_tokens,
             "prefill_s": self._prefill_s,

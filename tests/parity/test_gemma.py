@@ -1,4 +1,4 @@
-"""Gemma 3 270M (Q4_K_M) against transformers on the same dequantized weights: `pytest -m parity tests/parity/test_gemma.py --gemma FILE`."""
+"""Gemma 3 270M (Q4_K_M) against transformers on the same weights: `pytest -m parity tests/parity/test_gemma.py --gemma FILE`."""
 
 from __future__ import annotations
 
