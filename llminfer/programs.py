@@ -7,12 +7,13 @@ stay 0.
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import functools
 import os
-import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextvars import ContextVar
@@ -30,6 +31,7 @@ from llminfer.config import ModelConfig
 from llminfer.scheduler import Plan
 from llminfer.target import Target
 
+MAX_THREADS = max(1, min(4, os.cpu_count() or 1))
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _counting: ContextVar[list[int] | None] = ContextVar("counting", default=None)
 
@@ -51,22 +53,32 @@ class Programs:
         self.seconds: dict[Program, float] = {}
         self.progress = progress
         self._futures: dict[Program, Future] = {}
-        self._queue: queue.SimpleQueue[Program | None] = queue.SimpleQueue()
+        self._waiting: collections.deque[Program] = collections.deque()
+        self._threads: set[threading.Thread] = set()
+        self._lock = threading.Lock()  # of the three above
         self._tracing = threading.Lock()  # in Python, so one at a time, and in the order asked for
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(max(1, min(4, os.cpu_count() or 1)))]
-        for thread in self._threads:
-            thread.start()
-        atexit.register(self.close)
+        _alive.add(self)
 
     def want(self, programs: list[Program]) -> None:
         """Queues programs for compilation."""
-        for program in programs:
-            if program not in self._futures:
-                self._futures[program] = Future()
-                self._queue.put(program)
+        with self._lock:
+            for program in programs:
+                if program not in self._futures:
+                    self._futures[program] = Future()
+                    self._waiting.append(program)
+            for _ in range(min(len(self._waiting), MAX_THREADS - len(self._threads))):
+                thread = threading.Thread(target=self._work, name="compile", daemon=True)
+                self._threads.add(thread)
+                thread.start()
 
     def _work(self) -> None:
-        while (program := self._queue.get()) is not None:
+        """A thread's life: as long as something is queued."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads.discard(threading.current_thread())
+                    return
+                program = self._waiting.popleft()
             try:
                 self._futures[program].set_result(self._compile(program))
             except BaseException as error:  # whoever waits for the program gets it
@@ -123,16 +135,24 @@ class Programs:
         return compiled
 
     def close(self) -> None:
-        """Gives up what is queued and waits for what is being compiled: XLA must not be cut off by the interpreter's end."""
-        atexit.unregister(self.close)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (program := self._queue.get_nowait()) is not None:
-                    self._futures[program].cancel()
-        for _ in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
+        """Gives up what is queued and waits for what is being compiled."""
+        with self._lock:
+            for program in self._waiting:
+                self._futures[program].cancel()
+            self._waiting.clear()
+            threads = list(self._threads)
+        for thread in threads:
             thread.join()
+
+
+_alive: weakref.WeakSet[Programs] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """XLA must not be cut off in the middle of a compilation by the interpreter's end."""
+    for programs in list(_alive):
+        programs.close()
 
 
 @contextlib.contextmanager

@@ -157,4 +157,5 @@ class BatchFile:
             "completion_tokens": output.metrics.completion_tokens,
             "seed": output.outputs[0].seed,
             **({"samples": [o.text for o in output.outputs]} if len(output.outputs) > 1 else {}),
+            **{name: told for name in ("logprobs", "prompt_logprobs") if (told := getattr(output, name)) is not None},
         }

@@ -11,7 +11,7 @@ from llminfer import LLM, AsyncLLM, SamplingParams, UserError
 
 @pytest.fixture(scope="module")
 def llm(tiny_directory) -> LLM:
-    return LLM(str(tiny_directory), slots=4, context=128, page_size=8, chunk=32)
+    return LLM(str(tiny_directory), slots=4, context=8192, chunk=32, decode_steps=8)
 
 
 PROMPTS = [f"prompt number {i}" for i in range(10)]
@@ -35,7 +35,7 @@ def test_many_at_once_give_the_tokens_of_generate(llm: LLM) -> None:
 
 
 def test_aborts_cancellations_and_bad_requests_leave_nothing_behind(llm: LLM) -> None:
-    long = SamplingParams(max_tokens=100, ignore_eos=True)
+    long = SamplingParams(max_tokens=8000, ignore_eos=True)  # some seconds: nobody waits for their end
 
     async def main() -> None:
         async with AsyncLLM(llm) as served:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import random
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -242,3 +244,13 @@ def test_abort_in_the_middle_gives_everything_back() -> None:
         served.engine.abort(seq)
     assert served.engine.pages.free == served.engine.pages.total
     assert not served.engine.busy
+
+
+def test_a_model_that_nobody_uses_is_let_go() -> None:
+    llm = LLM("config:tiny", slots=1, context=64, page_size=8, chunk=16)
+    llm.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
+    llm.close()
+    gone = weakref.ref(llm.engine.programs)
+    del llm
+    gc.collect()
+    assert gone() is None
