@@ -174,7 +174,8 @@ class LLM:
         return exposition(self.stats())
 
     def close(self) -> None:
-        """Ends the background threads."""
+        """Ends the background threads, and writes the profile if there is one."""
+        self.engine.end_profile()
         self.engine.programs.close()
 
 

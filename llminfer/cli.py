@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from llminfer.config import EngineConfig, parse_setting
 from llminfer.errors import UserError, refuse
 
+_loaded: list[Any] = []  # the model of the command that runs, for `leave`
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -69,6 +71,8 @@ def main(body: Callable[[list[str]], int], arguments: list[str] | None = None) -
 
 def leave(code: int) -> None:
     """Ends the process without waiting for programs that are still being compiled."""
+    for llm in _loaded:
+        llm.engine.end_profile()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -82,6 +86,7 @@ def load(arguments: argparse.Namespace, expect: Any = None) -> Any:
 
     with RichProgress() as progress:
         llm = LLM(arguments.model, expect=expect, progress=progress, **chosen)
+        _loaded[:] = [llm]
         llm.engine.programs.wait_first()  # nothing can be served before, and the bars end with this block
         return llm
 

@@ -202,7 +202,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything that `LLM(**kw)` and `--set key=value` accept beside the model. Lengths in tokens."""
+    """Everything that `LLM(**kw)` and `--set key=value` accept beside the model. Lengths in tokens. profile: a folder for a trace
+    of the first steps, which xprof and TensorBoard show."""
 
     slots: int = 8
     context: int | None = None
@@ -219,6 +220,7 @@ class EngineConfig:
     decode_steps: int = 32
     layout: str = "auto"
     cache_dir: str | None = None
+    profile: str | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -239,6 +241,9 @@ class EngineConfig:
         _one_of("speculate", self.speculate, (None,))
         for field in ("prefix_cache", "debug"):
             _one_of(field, getattr(self, field), (True, False))
+        for field in ("cache_dir", "profile"):
+            if not isinstance(getattr(self, field), (str, type(None))):
+                raise refuse(field, getattr(self, field), "must be the name of a folder, or null")
         if not isinstance(self.mesh, str):
             raise refuse("mesh", self.mesh, "must be a string such as 'tp=2'; '' is one device")
 

@@ -32,6 +32,9 @@ from llminfer.text import TextStream
 
 # A decode loop that someone watches should come back this often, in seconds.
 STREAM_INTERVAL = 0.1
+# Steps of a profile; more would make it too large to look at.
+PROFILED_STEPS = 50
+_WRITTEN = 1 << 62
 
 
 class NoRoom(UserError):
@@ -68,6 +71,7 @@ class Engine:
         self._prefill_tokens = self._decode_tokens = 0
         self._prefill_s = self._decode_s = 0.0
         self._compiled = [0]
+        self._traced = 0  # steps in the profile
         self._step_s = 0.0
 
     # The declared set of programs -------------------------------------------------------------------------------
@@ -212,6 +216,7 @@ class Engine:
         plan = self.scheduler.schedule(most, watched=watched)
         if plan is None:
             return late
+        self._trace()
         kind = "decode" if plan.steps else "mixed"
         program = self._fit(self._decode, len(plan.items)) if plan.steps else self._fit(self._mixed, sum(i.count for i in plan.items))
         compiled = self.programs.get(program)
@@ -228,6 +233,20 @@ class Engine:
         for seq in touched:
             self._show(seq)
         return late + touched
+
+    def _trace(self) -> None:
+        """Begins the profile with the first step, and ends it after PROFILED_STEPS."""
+        if self.settings.profile and self._traced == 0:
+            jax.profiler.start_trace(self.settings.profile)
+        self._traced += 1
+        if self._traced > PROFILED_STEPS:
+            self.end_profile()
+
+    def end_profile(self) -> None:
+        """Writes the profile that settings.profile asks for, if it is under way."""
+        if self.settings.profile and 0 < self._traced < _WRITTEN:
+            jax.profiler.stop_trace()
+            self._traced = _WRITTEN
 
     def _run(self, compiled: Any, program: Program, plan: Plan) -> list[list[int]]:
         batch = pack(plan.items, program.shape)

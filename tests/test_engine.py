@@ -246,6 +246,15 @@ def test_abort_in_the_middle_gives_everything_back() -> None:
     assert not served.engine.busy
 
 
+def test_a_profile_names_the_parts_of_the_model(tmp_path) -> None:
+    llm = LLM("config:tiny", slots=1, context=64, page_size=8, chunk=16, profile=str(tmp_path))
+    llm.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
+    llm.close()
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    found = trace.read_bytes()
+    assert all(name in found for name in (b"attention", b"mlp", b"head"))
+
+
 def test_a_model_that_nobody_uses_is_let_go() -> None:
     llm = LLM("config:tiny", slots=1, context=64, page_size=8, chunk=16)
     llm.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))

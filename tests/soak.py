@@ -1,0 +1,141 @@
+"""Whether a request's tokens depend on anything but itself, and whether an engine leaks: many requests under every policy.
+
+    python tests/soak.py --model demo --requests 64 --soak 2000
+
+Serves the same requests (greedy and drawn, with penalties and biases, some with common prefixes) alone, all at once, with other
+chunks and pages, without the prefix cache, from a pool so small that sequences are preempted, and after random aborts; compares
+tokens with those of each request alone. Then a soak: requests that come, go, are aborted or are bad, one after the other; pages must
+be back at the end and memory flat. One JSON line a configuration. A difference is a bug unless float32 sums in another order can explain it
+(DESIGN: at most 1 request of 200).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from llminfer import LLM, SamplingParams, UserError
+
+# Fields of the engine that must not change a token; the pool is small enough that sequences of the longest sizes take turns.
+POLICIES: dict[str, dict[str, Any]] = {
+    "together": {},
+    "chunk 32": {"chunk": 32},
+    "chunk 64, page 64": {"chunk": 64, "page_size": 64},
+    "no prefix cache": {"prefix_cache": False},
+    "one step at a time": {"decode_steps": 1},
+    "small pool": {"pages": 40},
+}
+BASE = {"slots": 8, "context": 512, "chunk": 128, "dtype": "float32"}
+
+
+def requests_of(count: int, vocab_size: int, seed: int = 0) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts of 1 to 200 tokens, a third of them behind one of two common prefixes, and parameters of every kind."""
+    draw = random.Random(seed)
+    ids = lambda n: [draw.randrange(vocab_size) for _ in range(n)]
+    common = [ids(100), ids(60)]
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 20, "repetition_penalty": 1.2},
+        {"temperature": 0.7, "min_p": 0.05, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"logit_bias": {7: 2.0, 11: -100.0}, "min_tokens": 5},
+    ]
+    made = []
+    for i in range(count):
+        prompt = ids(draw.randrange(1, 200)) if i % 3 else common[i % 2] + ids(draw.randrange(1, 20))
+        made.append((prompt, SamplingParams(max_tokens=draw.randrange(5, 60), seed=i, **kinds[i % len(kinds)])))
+    return made
+
+
+def serve(llm: LLM, work: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
+    return [out.token_ids for out in llm.generate([prompt for prompt, _ in work], [params for _, params in work])]
+
+
+def disturb(llm: LLM, count: int) -> None:
+    """Requests that are aborted at a random moment."""
+    draw = random.Random(1)
+    for prompt, params in requests_of(count, llm.config.vocab_size, seed=9):
+        (sequence,) = llm.submit(llm.engine.check(prompt, params), params)
+        for _ in range(draw.randrange(0, 4)):
+            llm.engine.step()
+        llm.engine.abort(sequence)
+
+
+def compare(model: str, count: int) -> int:
+    """Prints a line a policy; the number of requests whose tokens differ."""
+    llm = LLM(model, **BASE)
+    work = requests_of(count, llm.config.vocab_size)
+    alone = [serve(llm, [each])[0] for each in work]
+    wrong = 0
+    for name, changes in {**POLICIES, "after aborts": {}}.items():
+        llm = LLM(model, **(BASE | changes))
+        if name == "after aborts":
+            disturb(llm, 200)
+        start = time.perf_counter()
+        found = serve(llm, work)
+        differ = [i for i, (a, b) in enumerate(zip(alone, found, strict=True)) if a != b]
+        stats = llm.stats()
+        kept = ("preemptions", "prefix_hit_tokens", "compiles_after_warmup")
+        leaked = stats["pages_total"] - stats["pages_free"]
+        line = {"policy": name, "requests": count, "differ": differ, "pages_leaked": leaked, **{key: stats[key] for key in kept}}
+        print(json.dumps(line | {"seconds": round(time.perf_counter() - start, 1)}), flush=True)
+        wrong += len(differ) + leaked + stats["compiles_after_warmup"] + (name == "small pool" and not stats["preemptions"])
+    return wrong
+
+
+def soak(model: str, count: int) -> int:
+    """Random arrivals, aborts and bad requests; the number of what went wrong."""
+    llm = LLM(model, **(BASE | {"pages": 200}))
+    draw, work, under_way, refused, aborted = random.Random(2), requests_of(count, llm.config.vocab_size, seed=3), [], 0, 0
+    memory = []
+    for number, (prompt, params) in enumerate(work):
+        try:
+            bad = draw.random() < 0.05
+            under_way += llm.submit(llm.engine.check([*prompt, -1] if bad else prompt, params), params)
+        except UserError:
+            refused += 1
+        while len(llm.engine.scheduler.waiting) > 8:
+            llm.engine.step()
+        if under_way and draw.random() < 0.3:
+            aborted += 1
+            llm.engine.abort(draw.choice(under_way))
+        under_way = [seq for seq in under_way if seq.finish is None]
+        if number % 100 == 99:
+            gc.collect()
+            memory.append(_resident())
+    while llm.engine.busy:
+        llm.engine.step()
+    stats = llm.stats()
+    grown = memory[-1] - memory[len(memory) // 2] if len(memory) > 1 else 0
+    line = {"soak": count, "refused": refused, "aborted": aborted, "pages_leaked": stats["pages_total"] - stats["pages_free"]}
+    line |= {"preemptions": stats["preemptions"], "compiles_after_warmup": stats["compiles_after_warmup"]}
+    print(json.dumps(line | {"mb_grown_in_the_second_half": round(grown / 2**20, 1)}), flush=True)
+    return line["pages_leaked"] + line["compiles_after_warmup"] + int(grown > 50 * 2**20)
+
+
+def _resident() -> int:
+    """Bytes of memory of this process (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="config:tiny")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--soak", type=int, default=0, help="requests of the soak (default: none)")
+    options = parser.parse_args()
+    wrong = compare(options.model, options.requests) + (soak(options.model, options.soak) if options.soak else 0)
+    print("nothing went wrong" if not wrong else f"{wrong} things went wrong")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
