@@ -18,7 +18,7 @@ from llminfer.request import FinishReason, Sequence
 PATIENCE = 32
 # Waiting sequences that are passed over in one step because they wait for a page of another; a bound on the work of a step.
 PASSED_OVER = 64
-# Prompt tokens a step beside sequences that decode, where a whole chunk would keep those waiting again and again.
+# Prompt tokens a step beside sequences that decode and are watched: a whole chunk would keep those waiting.
 SMALL_CHUNK = 32
 
 
@@ -185,11 +185,10 @@ class Scheduler:
         self.running.append(seq)
 
     def _mixed(self, watched: bool) -> Plan:
-        """One token of each decoding sequence, and prompts by rank until the chunk is full. The chunk is small where others would
-        have to wait for it many times (a long prompt), or someone watches them."""
+        """One token of each decoding sequence, and prompts by rank until the chunk is full. The chunk is small where someone
+        watches the sequences that decode; where nobody does, large ones get more done."""
         items: list[Item] = []
-        rest = [seq.length - seq.computed for seq in self.running]
-        stalls = min(rest) == 1 and (watched or max(rest) > self.chunk)
+        stalls = watched and not all(self._prefilling(seq) for seq in self.running)
         left = min(SMALL_CHUNK, self.chunk) if stalls else self.chunk
         for seq in list(self.running):
             if seq.slot < 0:

@@ -163,10 +163,9 @@ def test_a_long_prompt_keeps_nobody_waiting_long() -> None:
     assert first.items[0].count == 100  # nobody decodes: the whole chunk
     scheduler.commit(first, [[7]])
     scheduler.add(long)
-    while len(long.output) < 1:
-        plan = scheduler.schedule()
-        chunks = [item.count for item in plan.items if item.seq is long]
-        assert len(plan.items) == 2 and chunks[0] <= (SMALL_CHUNK if 1000 - long.computed > 128 else 128)
+    for watched, chunk in ((False, 128), (True, SMALL_CHUNK)):
+        plan = scheduler.schedule(watched=watched)
+        assert [(item.seq, item.count) for item in plan.items] == [(short, 1), (long, chunk)]
         scheduler.commit(plan, [[7] * item.draws for item in plan.items])
 
 
