@@ -130,10 +130,11 @@ class BatchFile:
                     continue
                 under_way |= {id(seq): (index, sequences) for seq in sequences}
             for seq in llm.engine.step():
-                index, sequences = under_way[id(seq)]
-                if seq.finish is not None and all(s.finish is not None for s in sequences):
+                # Samples that end in one step are told of once, with the first of them.
+                index, sequences = under_way.get(id(seq), (-1, []))
+                if sequences and all(s.finish is not None for s in sequences):
                     for each in sequences:
-                        under_way.pop(id(each), None)
+                        del under_way[id(each)]
                     yield index, self._result(llm.output(sequences))
 
     def _submit(self, llm: Any, item: dict[str, Any]) -> list[Any]:

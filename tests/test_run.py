@@ -88,6 +88,15 @@ def test_batch_answers_every_line_and_reports_bad_ones(capsys, tiny_directory, t
     assert json.loads(printed.splitlines()[-1])["failed"] == 2
 
 
+def test_samples_that_end_in_one_step_are_one_result(capsys, tiny_directory, tmp_path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    line = {"prompt": "Two", "n": 2, "temperature": 1.0, "max_tokens": 9, "ignore_eos": True}
+    source.write_text((json.dumps(line) + "\n") * 3)
+    assert call(capsys, "--model", str(tiny_directory), "--batch", str(source), "--out", str(out))[0] == 0
+    results = [json.loads(text) for text in out.read_text().splitlines()]
+    assert sorted(result["index"] for result in results) == [0, 1, 2] and all(len(r["samples"]) == 2 for r in results)
+
+
 def test_an_interrupted_batch_goes_on_where_it_was(capsys, tiny_directory, tmp_path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"Number {i}", "seed": i, "temperature": 1.0}) + "\n" for i in range(40)))
