@@ -19,7 +19,7 @@ from llminfer.scheduler import Item, Plan
 class Batch:
     """A ragged batch of T token rows of R sequences; all int32. Row t of no sequence has position 0 and is ignored.
 
-    tokens [T]: ids; a negative one stands for the token of its slot's history, still on the device.
+    tokens [T]: ids; a negative one stands for the token of its slot's history, still on the device (one token a sequence then).
     positions [T]. reach [T]: length of the sequence as far as it is known: its prompt's, or the context's where that is longer.
     q_start, q_len, kv_len [R] and tables (one [R, pages a sequence] a page group): as paged_attention.
     slots [R]: the slot of each sequence. draws [R]: 1 where a token is to be drawn after the sequence's last row.
@@ -66,7 +66,9 @@ def pack(items: Sequence[Item], shape: BatchShape) -> Batch:
     at = 0
     for row, item in enumerate(items):
         seq, end = item.seq, item.start + item.count
-        tokens[at : at + item.count] = seq.slice(item.start, end)
+        known = seq.slice(item.start, end)
+        tokens[at : at + item.count] = -1  # what is drawn already, and not read
+        tokens[at : at + len(known)] = known
         positions[at : at + item.count] = np.arange(item.start, end)
         reach[at : at + item.count] = np.maximum(np.arange(item.start + 1, end + 1), len(seq.request.prompt))
         ints["q_start"][row], ints["q_len"][row], ints["kv_len"][row] = at, item.count, end

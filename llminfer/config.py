@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ LIMITS = {
     "head_dim": 1024,
     "max_position": 2**24,
 }
+MAX_SINKS = 128
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -88,7 +89,8 @@ class ModelConfig:
     Block: norm "rms" or "layer"; norm_offset is added to a norm's weight. pre_norm: norms before attention and mlp; post_norm:
     norms on what both give, before it is added. parallel: attention and mlp read the same input and are added together;
     shared_norm: then one norm serves both. residual_scale multiplies what is added to the residual stream.
-    mlp: gated: act(gate) * up, else act(up). embed_scale and logit_scale multiply the embeddings and the logits."""
+    mlp: gated: act(gate) * up, else act(up). embed_scale and logit_scale multiply the embeddings and the logits.
+    sink_tokens, sink_window: set by EngineConfig.kv_policy alone: layers of the window sink_window also see the first sink_tokens."""
 
     name: str
     vocab_size: int
@@ -126,6 +128,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    sink_tokens: int = 0
+    sink_window: int = 0
 
     def __post_init__(self) -> None:
         for field, most in LIMITS.items():
@@ -174,6 +178,11 @@ class ModelConfig:
         """The distinct windows, in order of first use: layers of one window share one page pool."""
         return tuple(dict.fromkeys(self.windows))
 
+    @property
+    def sinks(self) -> tuple[int, ...]:
+        """For each of `groups`, how many of the first positions a token sees beside the window."""
+        return tuple(self.sink_tokens if window and window == self.sink_window else 0 for window in self.groups)
+
     def window(self, layer: int) -> int:
         return self.windows[layer % len(self.windows)]
 
@@ -203,7 +212,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     """Everything that `LLM(**kw)` and `--set key=value` accept beside the model. Lengths in tokens. profile: a folder for a trace
-    of the first steps, which xprof and TensorBoard show."""
+    of the first steps, which xprof and TensorBoard show. kv_policy: "sinks:4,window:1024" keeps the keys and values of the first 4
+    and the last 1024 tokens only, in layers that would see all (StreamingLLM, arXiv 2309.17453)."""
 
     slots: int = 8
     context: int | None = None
@@ -214,6 +224,7 @@ class EngineConfig:
     dtype: str = "auto"
     quantize: str | None = None
     kv_dtype: str | None = None
+    kv_policy: str | None = None
     mesh: str = ""
     speculate: str | None = None
     seed: int = 0
@@ -239,6 +250,7 @@ class EngineConfig:
         _one_of("quantize", self.quantize, (None, "int8"))
         _one_of("kv_dtype", self.kv_dtype, (None, "float32", "bfloat16"))
         _one_of("speculate", self.speculate, (None,))
+        parse_policy(self.kv_policy)
         for field in ("prefix_cache", "debug"):
             _one_of(field, getattr(self, field), (True, False))
         for field in ("cache_dir", "profile"):
@@ -255,6 +267,35 @@ class EngineConfig:
             if name not in known:
                 raise UserError(f"{name}: not a setting of the engine; legal: {', '.join(known)}")
         return cls(**settings)
+
+
+def parse_policy(text: str | None) -> tuple[int, int] | None:
+    """(sinks, window) of a kv_policy. Raises UserError."""
+    if text is None:
+        return None
+    rule = f"must be 'sinks:S,window:W' with S from 0 to {MAX_SINKS} and W from 1"
+    parts = [part.partition(":") for part in text.split(",")] if isinstance(text, str) else []
+    found = {
+        name.strip(): int(value) for name, _, value in parts if value.strip().isascii() and value.strip().isdigit() and len(value) < 10
+    }
+    if len(parts) != 2 or set(found) != {"sinks", "window"} or found["sinks"] > MAX_SINKS or found["window"] < 1:
+        raise refuse("kv_policy", text, rule)
+    return found["sinks"], found["window"]
+
+
+def evicting(c: ModelConfig, text: str | None) -> ModelConfig:
+    """The model with a kv_policy in place of the layers that see all positions. Raises UserError where it makes no sense."""
+    policy = parse_policy(text)
+    if policy is None:
+        return c
+    sinks, window = policy
+    if 0 not in c.windows:
+        raise refuse("kv_policy", text, f"{c.name} has no layer that sees all positions: its own windows bound the cache")
+    if window in c.windows:
+        raise refuse("kv_policy", text, f"window must not be one of {c.name}'s own ({', '.join(str(w) for w in c.groups if w)})")
+    if c.learned_positions:
+        raise refuse("kv_policy", text, f"{c.name} has learned positions: it needs rotary ones, or none")
+    return replace(c, windows=tuple(w or window for w in c.windows), sink_tokens=sinks, sink_window=window)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

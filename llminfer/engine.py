@@ -1,6 +1,7 @@
 """The engine: one scheduler, one cache, one set of programs. Requests go in, sequences come out token by token.
 
-A step is: schedule on the host, pack, run one program on the device, read its int32 tokens, commit.
+A step is: schedule on the host, pack, send one program to the device; then read the int32 tokens of the one before, and commit them.
+So the device never waits for the host, except where the next plan depends on what the last one finds.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import functools
 import secrets
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 from llminfer import cache as kv
 from llminfer import placement
 from llminfer.batch import BatchShape, pack, pack_loop
-from llminfer.config import EngineConfig, ModelConfig
+from llminfer.config import EngineConfig, ModelConfig, evicting
 from llminfer.errors import UserError, refuse
 from llminfer.metrics import Histogram
 from llminfer.pages import Pages
@@ -30,8 +31,8 @@ from llminfer.step import NOTHING
 from llminfer.target import Target
 from llminfer.text import TextStream
 
-# A decode loop that someone watches should come back this often, in seconds.
-STREAM_INTERVAL = 0.1
+# A decode loop that someone watches should come back this often, in seconds. Another may be under way behind it.
+STREAM_INTERVAL = 0.05
 # Steps of a profile; more would make it too large to look at.
 PROFILED_STEPS = 50
 _WRITTEN = 1 << 62
@@ -41,17 +42,31 @@ class NoRoom(UserError):
     """A prompt to be scored finds too few free pages."""
 
 
+@dataclass
+class _Flight:
+    """A step that was sent to the device: what it returns, and when it was sent."""
+
+    plan: Plan
+    program: Program
+    tokens: Any
+    said: Any
+    sent: float
+
+
 class Engine:
     """Serves one model on one target: `load` gives it its weights."""
 
     def __init__(self, c: ModelConfig, settings: EngineConfig, target: Target, progress: Any = None):
+        c = evicting(c, settings.kv_policy)
         self.c, self.settings, self.target = c, settings, target
         self.context = min(2048, c.max_position) if settings.context is None else settings.context
-        if self.context > c.max_position:
+        if self.context > c.max_position and not c.sink_window:
             raise refuse("context", self.context, f"{c.name} was made for at most {c.max_position} positions")
+        if c.sink_tokens and target.attention in ("pallas", "interpret"):
+            raise refuse("kv_policy", settings.kv_policy, "the TPU's attention kernel has no sinks yet; legal there: sinks:0")
         placement.check_mesh(c, target)
         totals = placement.pool_sizes(c, settings, self.context, target)
-        self.pages = Pages(c.groups, totals, settings.page_size, prefix_cache=settings.prefix_cache)
+        self.pages = Pages(c.groups, totals, settings.page_size, prefix_cache=settings.prefix_cache, sinks=c.sinks)
         self.scheduler = Scheduler(self.pages, slots=settings.slots, chunk=settings.chunk, decode_steps=settings.decode_steps)
         # Programs need shapes only: compiling and reading the weights go on side by side.
         self._shapes = (
@@ -66,7 +81,10 @@ class Engine:
         self._cache: Any = None
         self._history: Any = None
         self._known: dict[int, tuple[Sequence, int]] = {}  # slot -> whose whole context its history has; see _complete
-        self._arrived: deque[list[Sequence]] = deque()  # requests whose prompt is to be scored, and those behind them
+        self._unscored: list[list[Sequence]] = []  # requests whose prompt is to be scored before they are queued
+        self._scoring: Iterator[None] | None = None  # of the first of them
+        self._flight: _Flight | None = None
+        self._landed = 0.0  # when the last step was read
         self._times = {"mixed": Histogram(), "decode": Histogram()}
         self._prefill_tokens = self._decode_tokens = 0
         self._prefill_s = self._decode_s = 0.0
@@ -142,7 +160,7 @@ class Engine:
         if len(prompt) >= self.context:
             raise refuse("prompt", f"{len(prompt)} tokens", f"must be shorter than the context of {self.context} (--set context=N)")
         most = min(len(prompt) + params.max_tokens, self.context)
-        if self.pages.pages_for(most) > self.pages.total:
+        if not self.pages.fits(most):
             room = self.pages.total * self.settings.page_size
             raise refuse("prompt + max_tokens", most, f"needs more pages than there are ({room} tokens; --set pages=N)")
         ends = len(params.stop_token_ids) + (0 if params.ignore_eos else len(self.c.eos_ids))
@@ -164,10 +182,10 @@ class Engine:
             seq = Sequence(request, index, request_key(seed, index))
             seq.stream = TextStream(tokenizer.stream() if tokenizer else None, params.stops)
             made.append(seq)
-        if self._arrived or params.prompt_logprobs is not None:
-            self._arrived.append(made)
-        else:
+        if params.prompt_logprobs is None:
             self._queue(made)
+        else:
+            self._unscored.append(made)
         return made
 
     def _queue(self, sequences: list[Sequence]) -> None:
@@ -175,64 +193,104 @@ class Engine:
             if seq.finish is None:  # not aborted meanwhile
                 self.scheduler.add(seq)
 
-    def _receive(self) -> None:
-        """Queues what has arrived, in order; before it, prompts are scored that ask for it. What finds no pages for that waits, and
-        all behind it, until others have ended."""
-        while self._arrived:
-            request = self._arrived[0][0].request
-            if request.params.prompt_logprobs is not None and any(seq.finish is None for seq in self._arrived[0]):
-                try:
-                    request.prompt_logprobs = self._score(request, request.params.prompt_logprobs)
-                except NoRoom:
-                    if self.scheduler.running:
-                        return
-                    raise
-            self._queue(self._arrived.popleft())
+    def _score_some(self) -> None:
+        """One chunk of the first prompt that is to be scored. One that finds no pages keeps others from being admitted until it does."""
+        if self._scoring is None:
+            self._unscored.sort(key=lambda made: made[0].request.params.priority)
+            self._scoring = self._score(self._unscored[0])
+        try:
+            next(self._scoring)
+            self.scheduler.hold = False
+        except StopIteration:
+            self._scoring, self.scheduler.hold = None, False
+        except NoRoom:
+            self._scoring, self.scheduler.hold = None, True
+            if not self.scheduler.running:
+                raise
 
     def _regime(self, length: int) -> str:
         """See Request: a prompt that is longer than a rope was trained for has keys of its own."""
+        if self.c.sink_window:
+            length = min(length, self.c.sink_tokens + self.c.sink_window)
         past = [rope.kind for rope in self.c.ropes if rope.by_length and length > rope.original_max_position]
         return f"dynamic {length}" if "dynamic" in past else "longrope" if past else ""
 
     def abort(self, seq: Sequence) -> None:
-        if any(seq in sequences for sequences in self._arrived):
+        if self._is_unscored(seq):
             seq.finish = seq.finish or FinishReason.ABORT
         else:
             self.scheduler.end(seq, FinishReason.ABORT)
 
+    def _is_unscored(self, seq: Sequence) -> bool:
+        return any(seq in sequences for sequences in self._unscored)
+
+    @property
+    def queued(self) -> int:
+        """Sequences that have no slot yet."""
+        return len(self.scheduler.waiting) + sum(map(len, self._unscored))
+
     @property
     def busy(self) -> bool:
-        return bool(self._arrived) or self.scheduler.busy
+        return bool(self._unscored) or self.scheduler.busy
 
     def step(self, *, watched: bool = False) -> list[Sequence]:
-        """One step; the sequences that got tokens or ended. watched: someone reads along, so come back soon."""
+        """Sends one step and reads the one before; the sequences that got tokens or ended. watched: someone reads along, so come
+        back soon."""
         most = self.settings.decode_steps
         if watched and self._step_s:
             most = max(1, min(most, int(STREAM_INTERVAL / self._step_s)))
-        self._receive()
-        late = self.scheduler.expire(time.perf_counter())
+        if self._unscored:
+            self._score_some()
+        touched = self._expire()
+        plan = self.scheduler.schedule(most, watched=watched)
+        flight, self._flight = self._flight, None
+        if plan is not None:
+            self._trace()
+            self._flight = self._send(plan)
+        if flight is not None:
+            touched += self._land(flight)
+        return touched
+
+    def _expire(self) -> list[Sequence]:
+        """Ends what has passed its deadline."""
+        now = time.perf_counter()
+        late = [seq for made in self._unscored for seq in made if seq.finish is None and self.scheduler.is_late(seq, now)]
+        for seq in late:
+            seq.finish = FinishReason.ABORT
+        late += self.scheduler.expire(now)
         for seq in late:
             self._show(seq)
-        plan = self.scheduler.schedule(most, watched=watched)
-        if plan is None:
-            return late
-        self._trace()
-        kind = "decode" if plan.steps else "mixed"
+        return late
+
+    def _send(self, plan: Plan) -> _Flight:
         program = self._fit(self._decode, len(plan.items)) if plan.steps else self._fit(self._mixed, sum(i.count for i in plan.items))
         compiled = self.programs.get(program)
         for item in plan.items:
             if item.seq.request.params.penalises:
                 self._complete(item)
+        if self.settings.debug:
+            self._check_pages(plan)
         with count_compiles(self._compiled):
-            start = time.perf_counter()
-            drawn = self._run(compiled, program, plan)
-            seconds = time.perf_counter() - start
-        self._times[kind].observe(seconds)
+            sent = time.perf_counter()
+            batch = pack(plan.items, program.shape)
+            extra = (pack_loop(plan, program.shape.rows),) if plan.steps else ()
+            (tokens, said), self._cache, self._history = compiled(self._params, self._cache, self._history, batch, *extra)
+            tokens.copy_to_host_async()
+        return _Flight(plan, program, tokens, said, sent)
+
+    def _land(self, flight: _Flight) -> list[Sequence]:
+        """Reads what a step drew and commits it."""
+        plan = flight.plan
+        with count_compiles(self._compiled):
+            drawn = self._read(flight)
+        now = time.perf_counter()
+        seconds, self._landed = now - max(flight.sent, self._landed), now
+        self._times["decode" if plan.steps else "mixed"].observe(seconds)
         self._book(plan, drawn, seconds)
         touched = self.scheduler.commit(plan, drawn)
         for seq in touched:
             self._show(seq)
-        return late + touched
+        return touched
 
     def _trace(self) -> None:
         """Begins the profile with the first step, and ends it after PROFILED_STEPS."""
@@ -248,17 +306,15 @@ class Engine:
             jax.profiler.stop_trace()
             self._traced = _WRITTEN
 
-    def _run(self, compiled: Any, program: Program, plan: Plan) -> list[list[int]]:
-        batch = pack(plan.items, program.shape)
-        if self.settings.debug:
-            self._check_pages(plan)
-        extra = (pack_loop(plan, program.shape.rows),) if plan.steps else ()
-        (tokens, said), self._cache, self._history = compiled(self._params, self._cache, self._history, batch, *extra)
-        tokens = np.asarray(tokens).reshape(program.shape.rows, -1)[: len(plan.items)]
-        drawn = [[int(t) for t in row if t != NOTHING] for row in tokens]
-        asks = [(row, item.seq, most) for row, item in enumerate(plan.items) if (most := item.seq.request.params.logprobs) is not None]
+    @staticmethod
+    def _read(flight: _Flight) -> list[list[int]]:
+        """The tokens of each item of a step; what is told of them goes to the sequences that asked."""
+        rows, items = flight.program.shape.rows, flight.plan.items
+        tokens = np.asarray(flight.tokens).reshape(rows, -1)[: len(items)]
+        drawn = [[t for t in row if t != NOTHING] for row in tokens.tolist()]
+        asks = [(row, item.seq, most) for row, item in enumerate(items) if (most := item.seq.request.params.logprobs) is not None]
         if asks:
-            ids, values = (np.asarray(x).reshape(program.shape.rows, -1, x.shape[-1]) for x in said)
+            ids, values = (np.asarray(x).reshape(rows, -1, x.shape[-1]) for x in flight.said)
             for row, seq, most in asks:
                 told = sum(token >= 0 for token in drawn[row])
                 seq.logprobs += _logprobs(ids[row, :told], values[row, :told], most)
@@ -327,45 +383,54 @@ class Engine:
 
     def prompt_logits(self, prompt: list[int]) -> np.ndarray:
         """float32 [len, vocab] of every position, through the paged cache in chunks, as a served prompt would be."""
-        return np.concatenate(self._by_chunks(_plain(prompt), self._logits))
+        return np.concatenate(list(self._by_chunks(_plain(prompt), self._logits)))
 
     def token_logprobs(self, prompt: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """(float32 [len - 1], bool [len - 1]) of the second token of a prompt and all after it: its log-probability given all before
         it, and whether none was likelier. The prompt has at most `context` tokens; computed as in prompt_logits."""
-        parts = self._by_chunks(_plain(prompt), self.logprobs_program, most=0)
+        parts = list(self._by_chunks(_plain(prompt), self.logprobs_program, most=0))
         logprobs, best = (np.concatenate([part[i] for part in parts])[:-1] for i in range(2))
         return logprobs, best
 
-    def _score(self, request: Request, most: int) -> list[Logprobs | None]:
-        """prompt_logprobs of a request. What it computes is then found in the prefix cache when the request is served."""
-        parts = self._by_chunks(request, self.logprobs_program, most=max(most, 1))
-        ids, values = (np.concatenate([part[2][i] for part in parts])[:-1] for i in range(2))
-        return [None, *_logprobs(ids, values, most)]
+    def _score(self, made: list[Sequence]) -> Iterator[None]:
+        """prompt_logprobs of the first request of _unscored, a chunk at a time; then it is queued. What this computes is found in the
+        prefix cache when the request is served. Raises NoRoom."""
+        request, found = made[0].request, []
+        most = request.params.prompt_logprobs or 0
+        wanted = lambda: any(seq.finish is None for seq in made)  # not all aborted meanwhile
+        chunks = self._by_chunks(request, self.logprobs_program, most=max(most, 1))
+        while wanted() and (part := next(chunks, None)) is not None:
+            found.append(part)
+            yield
+        chunks.close()
+        if wanted():
+            ids, values = (np.concatenate([part[2][i] for part in found])[:-1] for i in range(2))
+            request.prompt_logprobs = [None, *_logprobs(ids, values, most)]
+        self._unscored.remove(made)
+        self._queue(made)
 
-    def _by_chunks(self, request: Request, program: Program, most: int | None = None) -> list[Any]:
+    def _by_chunks(self, request: Request, program: Program, most: int | None = None) -> Generator[Any]:
         """What `program` returns for each chunk of a prompt, its padding cut off. most: how many tokens the program of logprobs
-        shall tell of. Raises NoRoom."""
+        shall tell of. Raises NoRoom, before the first chunk."""
         prompt, size = request.prompt, self.settings.chunk
         seq = Sequence(request, 0, request_key(0, 0), pages=[[] for _ in self.pages.groups])
-        out: list[Any] = []
         compiled = self.programs.get(program)
         try:
-            with count_compiles(self._compiled):
-                for start in range(0, len(prompt), size):
-                    count = min(size, len(prompt) - start)
-                    if not self.pages.reserve(seq, start + count, ahead=len(prompt)):
-                        raise NoRoom(f"{program.kind}: {len(prompt)} tokens need more pages than are free ({self.pages.free})")
-                    batch = pack([Item(seq, start, count, 0)], program.shape)
-                    following = np.array([*prompt[start + 1 : start + count + 1], 0], np.int32)
-                    extra = () if most is None else (np.resize(following, size), np.int32(most))
+            for start in range(0, len(prompt), size):
+                count = min(size, len(prompt) - start)
+                if not self.pages.reserve(seq, start + count, ahead=len(prompt)):
+                    raise NoRoom(f"{program.kind}: {len(prompt)} tokens need more pages than are free ({self.pages.free})")
+                batch = pack([Item(seq, start, count, 0)], program.shape)
+                following = np.array([*prompt[start + 1 : start + count + 1], 0], np.int32)
+                extra = () if most is None else (np.resize(following, size), np.int32(most))
+                with count_compiles(self._compiled):
                     found, self._cache, self._history = compiled(self._params, self._cache, self._history, batch, *extra)
-                    out.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count], found))
-                    seq.computed = start + count
-                    if not any(np.isnan(x).any() for x in jax.tree.leaves(out[-1])):
-                        self.pages.computed(seq)  # from now on others find it
+                    found = jax.tree.map(lambda x, count=count: np.asarray(x)[:count], found)
+                if not any(np.isnan(x).any() for x in jax.tree.leaves(found)):
+                    self.pages.computed(seq, start + count)  # from now on others find it
+                yield found
         finally:
             self.pages.release(seq)
-        return out
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start; see DESIGN for the names."""
@@ -376,7 +441,7 @@ class Engine:
             "compile_s": round(sum(self.programs.seconds.values()), 3),
             "pages_free": self.pages.free,
             "pages_total": self.pages.total,
-            "waiting": len(self.scheduler.waiting) + sum(map(len, self._arrived)),
+            "waiting": self.queued,
             "running": len(self.scheduler.running),
             "preemptions": self.scheduler.preemptions,
             "prefix_hit_tokens": self.scheduler.prefix_hit_tokens,

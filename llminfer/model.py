@@ -23,7 +23,7 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
     """Hidden states after the final norm, [T, D], and the cache with the batch's keys and values in it.
     q_max: static bound of batch.q_len (1: decode)."""
     x = _embed(params, batch, c, target)
-    ropes = rope_tables(c, batch.positions, batch.reach)
+    ropes = _ropes(batch, c)
     layer = functools.partial(run_layer, batch=batch, ropes=ropes, c=c, target=target, q_max=q_max)
     groups: list[Any] = list(cache.groups)
     if params.stacked:
@@ -40,6 +40,16 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
             groups[group] = (*groups[group][:place], own, *groups[group][place + 1 :])
     with jax.named_scope("final_norm"):
         return norm(x, params.final_norm, params.final_norm_bias, c), KVCache(tuple(groups))
+
+
+def _ropes(batch: Batch, c: ModelConfig) -> tuple[Any, ...]:
+    """A table for each of c.ropes, by the batch's positions; where a policy left tokens out, as many again for what looks at the sinks:
+    by where a token would be if there were only the sinks and the window."""
+    if not c.sink_window:
+        return rope_tables(c, batch.positions, batch.reach)
+    most = c.sink_tokens + c.sink_window
+    reach = jnp.minimum(batch.reach, most)
+    return (*rope_tables(c, batch.positions, reach), *rope_tables(c, jnp.minimum(batch.positions, most - 1), reach))
 
 
 def _embed(params: Params, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
@@ -81,8 +91,8 @@ def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, ta
     add = lambda x, y: x + (y if c.residual_scale == 1 else y * jnp.asarray(c.residual_scale, y.dtype))
     y = norm(x, w.attn_norm, w.attn_norm_bias, c) if c.pre_norm else x
     with jax.named_scope("attention"):
-        turn = functools.partial(rotate, rope=ropes[rope] if rope >= 0 else None)
-        attended, kv = _attention(w, y, kv, index, turn, batch, c, target, q_max, group)
+        turns = [functools.partial(rotate, rope=table) for table in (ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None))]
+        attended, kv = _attention(w, y, kv, index, turns, batch, c, target, q_max, group)
     if c.parallel:
         y = y if c.shared_norm or not c.pre_norm else norm(x, w.mlp_norm, w.mlp_norm_bias, c)
     else:
@@ -101,18 +111,22 @@ def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, ta
     return add(x, norm(y, w.mlp_post_norm, None, c) if c.post_norm else y), kv
 
 
-def _attention(w: Layer, x, kv, index, turn, batch: Batch, c: ModelConfig, target: Target, q_max: int, group: int):
-    """Attention of the normed x [T, D] with its projections; (y [T, D], kv)."""
+def _attention(w: Layer, x, kv, index, turns, batch: Batch, c: ModelConfig, target: Target, q_max: int, group: int):
+    """Attention of the normed x [T, D] with its projections; (y [T, D], kv). turns: the rotation, and that of queries for the sinks."""
     tokens, heads, kv_heads, dim = x.shape[0], c.num_heads, c.num_kv_heads, c.head_dim
     y = _linear(x, w.qkv, w.qkv_bias, target).reshape(tokens, kv_heads, heads // kv_heads + 2, dim)
     q, k, v = y[:, :, :-2].reshape(tokens, heads, dim), y[:, :, -2], y[:, :, -1]
-    q, k = turn(qk_norm(q, w.q_norm, c)), turn(qk_norm(k, w.k_norm, c))
+    q, k = qk_norm(q, w.q_norm, c), turns[0](qk_norm(k, w.k_norm, c))
+    sinks: dict[str, Any] = {"q_sinks": turns[1](q)} if c.sinks[group] else {}
+    q = turns[0](q)
     scale = dim**-0.5 if c.attn_scale is None else c.attn_scale
-    attend = functools.partial(paged_attention, scale=scale, softcap=c.attn_softcap, q_max=q_max, impl=target.attention)
+    attend = functools.partial(
+        paged_attention, scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, impl=target.attention
+    )
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
         attend = _by_heads(attend, target.mesh)
     rows = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
-    y, kv = attend(q, k, v, kv, layer=index, window=jnp.int32(c.groups[group]), **rows)
+    y, kv = attend(q, k, v, kv, layer=index, window=jnp.int32(c.groups[group]), **sinks, **rows)
     return _linear(y.reshape(tokens, heads * dim), w.o, w.o_bias, target), kv
 
 
@@ -126,7 +140,7 @@ def _by_heads(attend: Any, mesh: jax.sharding.Mesh) -> Any:
     new, cache = partition((None, "kv_heads", None)), partition((None, None, "kv_heads", None, None))
 
     def split(q, k, v, kv, **rows):
-        each = jax.tree.map(lambda _: partition(()), rows)
+        each = {name: new if name == "q_sinks" else partition(()) for name in rows}
         body = lambda q, k, v, kv, rows: attend(q, k, v, kv, **rows)
         return jax.shard_map(body, mesh=mesh, in_specs=(new, new, new, cache, each), out_specs=(new, cache), check_vma=False)(
             q, k, v, kv, rows

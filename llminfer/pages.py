@@ -16,10 +16,11 @@ from llminfer.request import Request, Sequence
 
 
 class Group:
-    """The pages of the layers of one window (0: all positions)."""
+    """The pages of the layers of one window (0: all positions). sinks: first pages of a sequence that it never leaves behind."""
 
-    def __init__(self, window: int, total: int):
+    def __init__(self, window: int, total: int, sinks: int = 0):
         self.window = window
+        self.sinks = sinks
         self.total = total
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(total))  # oldest first
         self.count = [0] * total
@@ -51,24 +52,32 @@ class Group:
             self.page_of[digest] = page
             self.hash_of[page] = digest
 
-    def first_seen(self, position: int) -> int:
-        """The first position that a token at `position` still sees."""
-        return max(0, position - self.window + 1) if self.window else 0
+    def first_seen(self, position: int, page_size: int) -> int:
+        """The first page, beside the sinks, that a token at `position` still sees."""
+        return max(self.sinks, (position - self.window + 1) // page_size) if self.window else 0
 
 
 class Pages:
     """All groups of one engine. Positions and lengths in tokens."""
 
-    def __init__(self, windows: tuple[int, ...], totals: tuple[int, ...], page_size: int, *, prefix_cache: bool):
+    def __init__(
+        self, windows: tuple[int, ...], totals: tuple[int, ...], page_size: int, *, prefix_cache: bool, sinks: tuple[int, ...] = ()
+    ):
+        """One entry a group each; sinks: tokens."""
         self.page_size = page_size
         self.prefix_cache = prefix_cache
         self.under_way: dict[bytes, Sequence] = {}  # digest of a page that is being computed -> by whom
-        self.groups = [Group(window, total) for window, total in zip(windows, totals, strict=True)]
+        kept = [self.pages_for(tokens) for tokens in sinks] or [0] * len(windows)
+        self.groups = [Group(*each) for each in zip(windows, totals, kept, strict=True)]
 
     @staticmethod
-    def sliding_need(window: int, chunk: int, page_size: int) -> int:
-        """Pages that a sequence of a sliding group holds at most, whatever its length."""
-        return -(-(window + chunk) // page_size) + 1
+    def sliding_need(window: int, ahead: int, page_size: int, sinks: int = 0) -> int:
+        """Pages that a sequence of a sliding group holds at most, whatever its length. ahead: tokens of steps that are not read."""
+        return -(-(window + ahead) // page_size) + 1 + -(-sinks // page_size)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens can ever have its pages; sliding groups have enough for any."""
+        return all(group.window or self.pages_for(tokens) <= group.total for group in self.groups)
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -88,10 +97,13 @@ class Pages:
             known -= 1
         tokens = known * self.page_size
         for group, pages in zip(self.groups, seq.pages, strict=True):
-            start = group.first_seen(tokens) // self.page_size if known else 0
-            pages += [-1] * start + [group.page_of[digest] for digest in digests[start:known]]
-            for page in pages[start:]:
-                group.share(page)
+            start = min(known, group.first_seen(tokens, self.page_size))
+            kept = min(group.sinks, start)
+            pages += [group.page_of[digest] for digest in digests[:kept]] + [-1] * (start - kept)
+            pages += [group.page_of[digest] for digest in digests[start:known]]
+            for page in pages:
+                if page >= 0:
+                    group.share(page)
         seq.findable = known
         return tokens
 
@@ -108,8 +120,8 @@ class Pages:
                 self.under_way.setdefault(digest, seq)
 
     def _window_known(self, group: Group, digests: list[bytes], known: int) -> bool:
-        start = group.first_seen(known * self.page_size) // self.page_size
-        return all(digest in group.page_of for digest in digests[start:known])
+        start = group.first_seen(known * self.page_size, self.page_size)
+        return all(digest in group.page_of for digest in (*digests[: min(group.sinks, known)], *digests[start:known]))
 
     def reserve(self, seq: Sequence, tokens: int, ahead: int = 0) -> bool:
         """Gives the sequence pages for its first `tokens` positions, and in the full groups for its first `ahead` (the
@@ -122,9 +134,10 @@ class Pages:
             pages += [group.take() for _ in range(need - len(pages))]
         return True
 
-    def computed(self, seq: Sequence) -> None:
-        """After a step: full pages become findable, and pages that no later token sees are let go."""
-        full = seq.computed // self.page_size
+    def computed(self, seq: Sequence, tokens: int) -> None:
+        """The first `tokens` positions are in the cache, and known: full pages become findable, and pages that no later token sees
+        are let go."""
+        full = tokens // self.page_size
         if self.prefix_cache and full > seq.findable:
             digests = self._digests(seq, full)
             for group, pages in zip(self.groups, seq.pages, strict=True):
@@ -134,7 +147,7 @@ class Pages:
             self._no_longer(seq, full)
             seq.findable = full
         for group, pages in zip(self.groups, seq.pages, strict=True):
-            for i in range(group.first_seen(seq.computed) // self.page_size - 1, -1, -1):
+            for i in range(group.first_seen(tokens, self.page_size) - 1, group.sinks - 1, -1):
                 if pages[i] < 0:
                     break
                 group.drop(pages[i])

@@ -124,15 +124,16 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
 
 def pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, target: Target) -> tuple[int, ...]:
     """Pages of each group. Full groups: settings.pages, or as many as all slots at full context need and memory
-    allows; sliding groups: what all slots can hold at most. Raises UserError when weights and cache cannot fit."""
+    allows; sliding groups: what all slots can hold at most, whatever the length. Raises UserError when weights and cache cannot fit."""
     size, itemsize = settings.page_size, jnp.dtype(settings.kv_dtype or target.dtype).itemsize
     per_sequence = -(-context // size)
-    moving = max(settings.chunk, settings.decode_steps)
+    ahead = 2 * settings.decode_steps  # a loop is sent before the last one is read; so are chunks, which all share
 
-    def sliding(window: int) -> int:
-        return settings.slots * min(per_sequence, Pages.sliding_need(window, moving, size))
+    def sliding(group: int) -> int:
+        most = settings.slots * Pages.sliding_need(c.groups[group], ahead, size, c.sinks[group]) + -(-2 * settings.chunk // size)
+        return min(settings.slots * per_sequence, most)
 
-    fixed = sum(sliding(w) * cache.page_bytes(c, size, itemsize, g) for g, w in enumerate(c.groups) if w)
+    fixed = sum(sliding(g) * cache.page_bytes(c, size, itemsize, g) for g, w in enumerate(c.groups) if w)
     page = sum(cache.page_bytes(c, size, itemsize, g) for g, w in enumerate(c.groups) if not w)
     weight_bytes = c.num_params * jnp.dtype(target.dtype).itemsize
     memory = _memory(target)
@@ -145,7 +146,7 @@ def pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, target: Tar
         raise UserError(
             f"model={c.name}: weights and cache need {need:.1f} GiB, there are {have:.1f} GiB; less context, slots or pages would do"
         )
-    return tuple(sliding(w) if w else wanted for w in c.groups)
+    return tuple(sliding(g) if w else wanted for g, w in enumerate(c.groups))
 
 
 def _memory(target: Target) -> float:

@@ -230,15 +230,16 @@ class Request:
 
 @dataclass(eq=False)
 class Sequence:
-    """One sample in flight. computed: leading tokens whose keys and values are in the cache. pages[g]: physical page of
-    each logical page of group g, -1 where a window has left it behind. hashes: digest of each full page; findable: how
-    many of those pages the prefix cache knows."""
+    """One sample in flight. pending: output tokens that steps under way draw, unread; computed: leading tokens whose keys and values
+    are in the cache after those steps. pages[g]: physical page of each logical page of group g, -1 where a window has left it
+    behind. hashes: digest of each full page; findable: how many of those pages the prefix cache knows."""
 
     request: Request
     index: int
     key: Any
     output: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)  # of output, where params ask
+    pending: int = 0
     computed: int = 0
     slot: int = -1
     pages: list[list[int]] = field(default_factory=list)
@@ -260,10 +261,10 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        return len(self.request.prompt) + len(self.output)
+        return len(self.request.prompt) + len(self.output) + self.pending
 
     def slice(self, start: int, end: int) -> list[int]:
-        """Tokens start .. end-1, without building the whole list."""
+        """Tokens start .. end-1 as far as they are known, without building the whole list."""
         prompt = self.request.prompt
         if start >= len(prompt):
             return self.output[start - len(prompt) : end - len(prompt)]
@@ -271,4 +272,4 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        return self.request.limit - len(self.output)
+        return self.request.limit - len(self.output) - self.pending

@@ -117,7 +117,7 @@ class BatchFile:
         under_way: dict[int, tuple[int, list[Any]]] = {}
         more = True
         while more or llm.engine.busy:
-            while more and len(llm.engine.scheduler.waiting) < QUEUED * llm.settings.slots:
+            while more and llm.engine.queued < QUEUED * llm.settings.slots:
                 index = next(left, None)
                 if index is None:
                     more = False

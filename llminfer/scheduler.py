@@ -4,6 +4,9 @@ A step either mixes chunks of prompts with one token of every decoding sequence,
 decode steps. Sequences rank by priority (lower first), then by arrival; one that was overtaken too often comes first. Admission is
 optimistic: it takes the pages of the prompt; when pages run out the sequence of the last rank gives its pages back and is computed
 again later. A sequence whose next prefix page is just being computed by another waits for it.
+
+The next plan may be made before the last one's tokens are read: it takes for granted that no sequence ended in it. Where one did, the
+device leaves it out, and its tokens never come.
 """
 
 from __future__ import annotations
@@ -36,11 +39,16 @@ class Item:
 @dataclass(frozen=True)
 class Plan:
     """One step. steps 0: a mixed step of ragged items; else a decode loop of up to that many steps, one token an item.
-    eager: leave the loop as soon as a sequence ends, because another waits for its slot."""
+    eager: leave the loop as soon as a sequence ends, because another waits for its slot; how far the others come is then not
+    known before."""
 
     items: tuple[Item, ...]
     steps: int = 0
     eager: bool = False
+
+
+class _TooEarly(Exception):
+    """The next plan depends on what the last one finds."""
 
 
 class Scheduler:
@@ -54,6 +62,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []
         self.free_slots = list(range(slots))[::-1]
+        self.unread: list[Plan] = []  # scheduled, not committed
+        self.hold = False  # admit nobody: pages are to become free
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self.arrivals = 0
@@ -75,68 +85,85 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def schedule(self, most: int | None = None, *, watched: bool = False) -> Plan | None:
-        """The next step, its pages reserved; None when nothing is left to do. most: a shorter decode loop this time. watched:
-        someone reads along, so keep the gaps between tokens short."""
-        self._admit()
-        if not self.running:
+        """The next step, its pages reserved, to be run and committed in the order of scheduling; None when nothing is left to do, or
+        nothing before the last plan is committed. most: a shorter decode loop this time. watched: someone reads along, so keep the
+        gaps between tokens short."""
+        if any(plan.eager for plan in self.unread):
             return None
+        self._admit()
         self.running.sort(key=self._rank)
-        if any(self._prefilling(seq) for seq in self.running):
-            return self._mixed(watched)
-        return self._decode(min(self.decode_steps, most or self.decode_steps))
+        try:
+            if any(self._prefilling(seq) for seq in self.running):
+                plan = self._mixed(watched)
+            elif any(seq.remaining for seq in self.running):
+                plan = self._decode(min(self.decode_steps, most or self.decode_steps))
+            else:
+                return None  # all will have ended
+        except _TooEarly:
+            return None
+        for item in plan.items:
+            item.seq.computed = item.start + item.count + max(0, item.draws - 1)
+            item.seq.pending += item.draws
+        self.unread.append(plan)
+        return plan
 
     def commit(self, plan: Plan, drawn: list[list[int]]) -> list[Sequence]:
-        """Books a step's result: drawn[i] are the new tokens of plan.items[i], a negative one for logits that were not
-        numbers. Returns the sequences that got a token or ended."""
+        """Books the result of the oldest plan that is not: drawn[i] are the new tokens of plan.items[i], a negative one for logits
+        that were not numbers. Returns the sequences that got a token or ended."""
+        if not self.unread or self.unread[0] is not plan:
+            raise RuntimeError("plans are committed in the order of scheduling")
+        del self.unread[0]
         touched = []
         for item, tokens in zip(plan.items, drawn, strict=True):
             seq = item.seq
+            seq.pending -= item.draws
             if seq.finish is not None:
-                continue  # aborted meanwhile
-            seq.computed = item.start + item.count + max(0, len(tokens) - 1)
-            for token in tokens:
-                self._append(seq, token)
-                if seq.finish is not None:
-                    break
+                continue  # aborted meanwhile, or ended before this step
+            reason = self._append(seq, tokens)
+            if len(tokens) < item.draws:  # the loop was left early, for another that ended
+                seq.computed -= item.draws - len(tokens)
+            if reason is FinishReason.ERROR:
+                self.pages.forget(seq)
             else:
-                self.pages.computed(seq)
+                self.pages.computed(seq, item.start + item.count + max(0, len(tokens) - 1))
+            if reason is not None:
+                self._finish(seq, reason)
             if tokens:
                 touched.append(seq)
         return touched
 
     def expire(self, now: float) -> list[Sequence]:
         """Ends the sequences whose deadline has passed at time `now` of the clock that stamped their arrival; returns them."""
-        late = [
-            seq
-            for seq in (*self.waiting, *self.running)
-            if (limit := seq.request.params.deadline_s) is not None and now - seq.request.arrived > limit
-        ]
+        late = [seq for seq in (*self.waiting, *self.running) if self.is_late(seq, now)]
         for seq in late:
             self._finish(seq, FinishReason.ABORT)
         return late
+
+    @staticmethod
+    def is_late(seq: Sequence, now: float) -> bool:
+        """Whether the deadline of a sequence has passed at time `now`."""
+        limit = seq.request.params.deadline_s
+        return limit is not None and now - seq.request.arrived > limit
 
     def end(self, seq: Sequence, reason: FinishReason) -> None:
         """Ends a sequence from outside the token stream, wherever it is: a stop string, the caller. Nothing if it has ended."""
         if seq.finish is None:
             self._finish(seq, reason)
 
-    def _append(self, seq: Sequence, token: int) -> None:
-        if token < 0:
-            self._finish(seq, FinishReason.ERROR)
-            return
-        seq.output.append(token)
-        if token in seq.request.end_ids:
-            self._finish(seq, FinishReason.STOP)
-        elif seq.remaining <= 0:
-            self._finish(seq, FinishReason.LENGTH)
+    @staticmethod
+    def _append(seq: Sequence, tokens: list[int]) -> FinishReason | None:
+        """Adds tokens to the output; why that ends the sequence, if it does."""
+        for token in tokens:
+            if token < 0:
+                return FinishReason.ERROR
+            seq.output.append(token)
+            if token in seq.request.end_ids:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if tokens and len(seq.output) >= seq.request.limit else None
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         seq.finish = reason
         if seq in self.running:
-            if reason is FinishReason.ERROR:
-                self.pages.forget(seq)
-            elif reason is not FinishReason.ABORT:
-                self.pages.computed(seq)
             self._leave(seq)
         else:
             self.waiting.remove(seq)
@@ -156,7 +183,7 @@ class Scheduler:
         """Gives slots to waiting sequences by rank. One that has no pages keeps those behind it from taking them; one that
         waits for a page of another does not."""
         passed = 0
-        while self.free_slots and passed < min(len(self.waiting), PASSED_OVER):
+        while self.free_slots and not self.hold and passed < min(len(self.waiting), PASSED_OVER):
             seq = self.waiting[passed]
             found = self.pages.match(seq)
             if self.pages.awaits(seq, found):
@@ -191,8 +218,8 @@ class Scheduler:
         stalls = watched and not all(self._prefilling(seq) for seq in self.running)
         left = min(SMALL_CHUNK, self.chunk) if stalls else self.chunk
         for seq in list(self.running):
-            if seq.slot < 0:
-                continue  # preempted by an earlier one
+            if seq.slot < 0 or not seq.remaining:
+                continue  # preempted by an earlier one; or it will have ended
             prefilling = self._prefilling(seq)
             count = min(seq.length - seq.computed, left) if prefilling else 1
             if count and self._reserve(seq, seq.computed + count, items):
@@ -205,7 +232,7 @@ class Scheduler:
         items: list[Item] = []
         steps = min(most, max(seq.remaining for seq in self.running))
         for seq in list(self.running):
-            if seq.slot < 0:
+            if seq.slot < 0 or not seq.remaining:
                 continue
             draws = min(steps, seq.remaining)
             while draws > 1 and not self.pages.reserve(seq, seq.computed + draws):
@@ -215,9 +242,12 @@ class Scheduler:
         return Plan(tuple(items), steps=max(item.draws for item in items), eager=bool(self.waiting))
 
     def _reserve(self, seq: Sequence, tokens: int, items: list[Item]) -> bool:
-        """Reserves pages, taking them from the sequence of the last rank where it must, never from one already planned."""
+        """Reserves pages, taking them from the sequence of the last rank where it must, never from one already planned. Raises
+        _TooEarly where a plan that is not read yet may set pages free."""
         planned = {id(item.seq) for item in items}
         while not self.pages.reserve(seq, tokens):
+            if self.unread:
+                raise _TooEarly
             victim = max((s for s in self.running if id(s) not in planned), key=self._rank)
             self._preempt(victim)
             if victim is seq:

@@ -1,8 +1,8 @@
 """The programs that run on the device: a mixed step, a decode loop, and the logits (or what they say of given tokens) of a prompt chunk.
 
 Each is a pure function of (weights, cache, history, batch) with static shapes; the cache and the history are donated.
-history [slots, context] int32 holds the tokens of each slot by position: what a step works on and what it draws. So a next step can
-be sent before this one is read, and penalties know the tokens before. What a prefix hit skips is written by `write_history`.
+history [slots, context] int32 holds the tokens of each slot by position: what a step works on and what it draws. So a next step is
+sent before this one is read, and penalties know the tokens before. What a prefix hit skips is written by `write_history`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def decode_loop(params: Params, cache: KVCache, history: jax.Array, batch: Batch
     started = batch.q_len > 0
     out = (jnp.full((rows, most), NOTHING, jnp.int32), _said((rows, most)))
     start = (jnp.int32(0), started, batch.tokens, batch.kv_len, cache, history, out)
-    *_, cache, history, out = jax.lax.while_loop(more, step, start)
+    _, live, _, length, cache, history, out = jax.lax.while_loop(more, step, start)
+    # Where a sequence stopped before its limit, its last position says so to the next step.
+    early = started & ~live & (length < batch.kv_len + loop.limit)
+    history = history.at[jnp.where(early, batch.slots, slots), batch.kv_len + loop.limit - 1].set(NOTHING, mode="drop")
     return out, cache, history
 
 
@@ -100,12 +103,17 @@ def write_history(history: jax.Array, tokens: jax.Array, slot: jax.Array, start:
 
 
 def _fill(batch: Batch, history: jax.Array) -> tuple[Batch, jax.Array]:
-    """Takes the tokens of negative ids from the history, and puts all the others into it."""
+    """Takes the tokens of negative ids from the history, and puts all the others into it. A sequence that goes on from the history and
+    has ended there is left out: the host did not know."""
     row = jnp.arange(batch.tokens.shape[0])
     mine = (row >= batch.q_start[:, None]) & (row < (batch.q_start + batch.q_len)[:, None])
     slots = jnp.min(jnp.where(mine, batch.slots[:, None], history.shape[0]), axis=0)  # rows of nobody: beside the history
     tokens = jnp.where(batch.tokens < 0, history[slots, batch.positions], batch.tokens)
-    return replace(batch, tokens=tokens), history.at[slots, batch.positions].set(tokens, mode="drop")
+    first = tokens[batch.q_start]
+    ended = (batch.tokens[batch.q_start] < 0) & ((first < 0) | (first[:, None] == batch.sampling.ends).any(1))
+    at = jnp.where((mine & ended[:, None]).any(0), history.shape[0], slots)
+    batch = replace(batch, tokens=tokens, q_len=jnp.where(ended, 0, batch.q_len), draws=jnp.where(ended, 0, batch.draws))
+    return batch, history.at[at, batch.positions].set(tokens, mode="drop")
 
 
 def _said(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -102,7 +102,7 @@ def soak(model: str, count: int) -> int:
             under_way += llm.submit(llm.engine.check([*prompt, -1] if bad else prompt, params), params)
         except UserError:
             refused += 1
-        while len(llm.engine.scheduler.waiting) > 8:
+        while llm.engine.queued > 8:
             llm.engine.step()
         if under_way and draw.random() < 0.3:
             aborted += 1
