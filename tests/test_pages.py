@@ -1,10 +1,8 @@
-"""Pages and Scheduler without a device: ownership, prefix hits, windows, ranks, preemption, and 12,000 random operations."""
+"""Pages and Scheduler without a device: ownership, prefix hits, windows, ranks, preemption. Random operations: test_scheduler_states.py."""
 
 from __future__ import annotations
 
 import random
-
-import pytest
 
 from llminfer.pages import Pages
 from llminfer.request import FinishReason, Request, SamplingParams, Sequence
@@ -181,34 +179,3 @@ def test_a_deadline_ends_a_sequence_wherever_it_is() -> None:
     assert runs.finish is waits.finish is FinishReason.ABORT and not pages.under_way
     serve(scheduler)
     assert stays.finish is FinishReason.LENGTH and pages.free == pages.total
-
-
-@pytest.mark.parametrize("windows", [(0,), (16,), (0, 16)])
-@pytest.mark.parametrize("prefix_cache", [True, False])
-def test_random_operations_keep_the_books(windows: tuple[int, ...], prefix_cache: bool) -> None:
-    draw = random.Random(f"{windows}{prefix_cache}")
-    need = Pages.sliding_need(16, 16, PAGE)
-    pages = Pages(windows, tuple(4 * need if w else 24 for w in windows), PAGE, prefix_cache=prefix_cache)
-    scheduler = Scheduler(pages, slots=4, chunk=16, decode_steps=8)
-    alive: list[Sequence] = []
-    for _ in range(2000):
-        if draw.random() < 0.3 and len(alive) < 12:
-            prompt = [1 + i % draw.choice([3, 50]) for i in range(draw.randrange(1, 60))]
-            seq = sequence(prompt, limit=draw.randrange(1, 60), salt=draw.choice(["", "x"]), priority=draw.choice([0, 0, 3]))
-            scheduler.add(seq)
-            alive.append(seq)
-        if alive and draw.random() < 0.05:
-            scheduler.end(draw.choice(alive), FinishReason.ABORT)
-        if (plan := scheduler.schedule()) is not None:
-            for item in plan.items:  # every position of the step has a page, and every one that it may draw on the way
-                last = item.start + item.count + max(0, item.draws - 1)
-                assert all(len(p) * PAGE >= last for p in item.seq.pages)
-            drawn = [[draw.randrange(0, 9) for _ in range(draw.randrange(1, item.draws + 1))] if item.draws else [] for item in plan.items]
-            scheduler.commit(plan, drawn)
-        alive = [seq for seq in alive if seq.finish is None]
-        check(pages, alive)
-        assert len(scheduler.running) + len(scheduler.free_slots) == 4
-        assert all(seq.overtaken <= PATIENCE + 12 for seq in alive)
-    serve(scheduler)
-    check(pages, [])
-    assert pages.free == pages.total
