@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
+import jax
 import numpy as np
 
 from llminfer import request
@@ -108,6 +109,19 @@ def pack_loop(plan: Plan, rows: int) -> Loop:
     limit = np.zeros(rows, np.int32)
     limit[: len(plan.items)] = [item.draws for item in plan.items]
     return Loop(steps=np.int32(plan.steps), eager=np.int32(plan.eager), limit=limit)
+
+
+def ship(tree: Any) -> np.ndarray:
+    """The arrays of a tree, all of 32-bit numbers, one after the other in one int32 array: one transfer, where each costs as much."""
+    return np.concatenate([np.ravel(leaf).view(np.int32) for leaf in jax.tree.leaves(tree)])
+
+
+def unship(flat: jax.Array, like: Any) -> Any:
+    """On the device: the tree of which `ship` made `flat`; its arrays have the shapes and types of `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    pieces = [flat[end - leaf.size : end].reshape(leaf.shape) for leaf, end in zip(leaves, ends, strict=True)]
+    return structure.unflatten(jax.lax.bitcast_convert_type(x, leaf.dtype) for x, leaf in zip(pieces, leaves, strict=True))
 
 
 def no_sampling(rows: int) -> SamplingBatch:

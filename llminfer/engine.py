@@ -7,6 +7,7 @@ So the device never waits for the host, except where the next plan depends on wh
 from __future__ import annotations
 
 import functools
+import math
 import secrets
 import time
 from collections.abc import Generator, Iterable, Iterator
@@ -18,7 +19,7 @@ import numpy as np
 
 from llminfer import cache as kv
 from llminfer import placement
-from llminfer.batch import BatchShape, pack, pack_loop
+from llminfer.batch import BatchShape, pack, pack_loop, ship
 from llminfer.config import EngineConfig, ModelConfig, evicting
 from llminfer.errors import UserError, refuse
 from llminfer.metrics import Histogram
@@ -33,6 +34,8 @@ from llminfer.text import TextStream
 
 # A decode loop that someone watches should come back this often, in seconds. Another may be under way behind it.
 STREAM_INTERVAL = 0.05
+# A token of a watched sequence takes at most so many times as long while a prompt comes in beside it.
+SLOWED = 2.5
 # Steps of a profile; more would make it too large to look at.
 PROFILED_STEPS = 50
 _WRITTEN = 1 << 62
@@ -90,7 +93,7 @@ class Engine:
         self._prefill_s = self._decode_s = 0.0
         self._compiled = [0]
         self._traced = 0  # steps in the profile
-        self._step_s = 0.0
+        self._step_s = self._chunk_s = 0.0  # of the last decode loop's steps, and of the last chunk beside sequences that decode
 
     # The declared set of programs -------------------------------------------------------------------------------
 
@@ -242,14 +245,26 @@ class Engine:
         if self._unscored:
             self._score_some()
         touched = self._expire()
-        plan = self.scheduler.schedule(most, watched=watched)
+        plan = self.scheduler.schedule(most, watched=watched, rest=self._rest() if watched else 0)
         flight, self._flight = self._flight, None
         if plan is not None:
             self._trace()
             self._flight = self._send(plan)
         if flight is not None:
             touched += self._land(flight)
+        if not self.target.ahead:
+            touched += self.settle()
         return touched
+
+    def _rest(self) -> int:
+        """Decode steps after a chunk beside them, so that a token takes less than SLOWED times as long as without the chunk."""
+        chunk, step = self._chunk_s, self._step_s
+        return math.ceil((chunk - SLOWED * step) / ((SLOWED - 1) * step)) if step and chunk > SLOWED * step else 0
+
+    def settle(self) -> list[Sequence]:
+        """Reads the step that is under way, if there is one; the sequences that got tokens or ended."""
+        flight, self._flight = self._flight, None
+        return [] if flight is None else self._land(flight)
 
     def _expire(self) -> list[Sequence]:
         """Ends what has passed its deadline."""
@@ -274,7 +289,7 @@ class Engine:
             sent = time.perf_counter()
             batch = pack(plan.items, program.shape)
             extra = (pack_loop(plan, program.shape.rows),) if plan.steps else ()
-            (tokens, said), self._cache, self._history = compiled(self._params, self._cache, self._history, batch, *extra)
+            (tokens, said), self._cache, self._history = compiled(self._params, self._cache, self._history, ship((batch, *extra)))
             tokens.copy_to_host_async()
         return _Flight(plan, program, tokens, said, sent)
 
@@ -349,6 +364,8 @@ class Engine:
             self._step_s = seconds / max(steps, 1)
         else:
             self._prefill_s += seconds
+            if any(item.draws and item.count == 1 for item in plan.items):
+                self._chunk_s = seconds
             self._prefill_tokens += sum(item.count for item in plan.items)
 
     def _show(self, seq: Sequence) -> None:
@@ -424,7 +441,7 @@ class Engine:
                 following = np.array([*prompt[start + 1 : start + count + 1], 0], np.int32)
                 extra = () if most is None else (np.resize(following, size), np.int32(most))
                 with count_compiles(self._compiled):
-                    found, self._cache, self._history = compiled(self._params, self._cache, self._history, batch, *extra)
+                    found, self._cache, self._history = compiled(self._params, self._cache, self._history, ship((batch, *extra)))
                     found = jax.tree.map(lambda x, count=count: np.asarray(x)[:count], found)
                 if not any(np.isnan(x).any() for x in jax.tree.leaves(found)):
                     self.pages.computed(seq, start + count)  # from now on others find it

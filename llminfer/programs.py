@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llminfer import step
-from llminfer.batch import BatchShape, pack, pack_loop
+from llminfer.batch import BatchShape, pack, pack_loop, ship, unship
 from llminfer.config import ModelConfig
 from llminfer.scheduler import Plan
 from llminfer.target import Target
@@ -100,7 +100,8 @@ class Programs:
             future.result()
 
     def lower(self, program: Program) -> Any:
-        """The lowered (not yet compiled) program: for the planner and for tests that read the HLO."""
+        """The lowered (not yet compiled) program: for the planner and for tests that read the HLO. What changes from step to step comes
+        as one array; see `ship`."""
         if program.kind == "history":
             history, number = self.shapes[2], np.int32(0)
             write = jax.jit(step.write_history, donate_argnums=0, out_shardings=history.sharding)
@@ -114,13 +115,17 @@ class Programs:
         if program.kind == "logprobs":
             extra = (np.zeros(program.shape.tokens, np.int32), np.int32(0))
         function = functools.partial(function, c=self.c, target=self.target, **keywords)
-        batch = pack((), program.shape)
+        like = (pack((), program.shape), *extra)
+
+        def shipped(params: Any, cache: Any, history: Any, flat: Any) -> Any:
+            return function(params, cache, history, *unship(flat, like))
+
         # The cache and the history come back as they went in; what is drawn is read by the host.
         kept = jax.tree.map(lambda s: s.sharding, self.shapes[1:])
         # The mesh tells kernels the chip that they are lowered for, present here or not.
         mesh = self.target.mesh or Mesh(np.array(list(kept[1].device_set)), ("devices",))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.jit(function, donate_argnums=(1, 2), out_shardings=(kept[1], *kept)).lower(*self.shapes, batch, *extra)
+            return jax.jit(shipped, donate_argnums=(1, 2), out_shardings=(kept[1], *kept)).lower(*self.shapes, ship(like))
 
     def _compile(self, program: Program) -> Any:
         handle = self.progress.task(f"compile {program.kind} {program.shape.tokens}", 1) if self.progress else None

@@ -64,6 +64,7 @@ class Scheduler:
         self.free_slots = list(range(slots))[::-1]
         self.unread: list[Plan] = []  # scheduled, not committed
         self.hold = False  # admit nobody: pages are to become free
+        self.chunk_was_last = False  # the last plan had one beside sequences that decode
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self.arrivals = 0
@@ -84,19 +85,24 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def schedule(self, most: int | None = None, *, watched: bool = False) -> Plan | None:
+    def schedule(self, most: int | None = None, *, watched: bool = False, rest: int = 0) -> Plan | None:
         """The next step, its pages reserved, to be run and committed in the order of scheduling; None when nothing is left to do, or
         nothing before the last plan is committed. most: a shorter decode loop this time. watched: someone reads along, so keep the
-        gaps between tokens short."""
+        gaps between tokens short; rest: so many decode steps between one chunk and the next beside those who decode."""
         if any(plan.eager for plan in self.unread):
             return None
         self._admit()
         self.running.sort(key=self._rank)
         try:
-            if any(self._prefilling(seq) for seq in self.running):
-                plan = self._mixed(watched)
-            elif any(seq.remaining for seq in self.running):
-                plan = self._decode(min(self.decode_steps, most or self.decode_steps))
+            most = min(self.decode_steps, most or self.decode_steps)
+            prefilling = any(self._prefilling(seq) for seq in self.running)
+            decoding = any(seq.remaining and not self._prefilling(seq) for seq in self.running)
+            if prefilling and not (decoding and self.chunk_was_last and watched and rest):
+                plan = self._mixed(watched and decoding)
+                self.chunk_was_last = decoding
+            elif decoding:
+                plan = self._decode(min(rest, most) if prefilling else most)
+                self.chunk_was_last = False
             else:
                 return None  # all will have ended
         except _TooEarly:
@@ -211,11 +217,10 @@ class Scheduler:
         seq.slot = self.free_slots.pop()
         self.running.append(seq)
 
-    def _mixed(self, watched: bool) -> Plan:
-        """One token of each decoding sequence, and prompts by rank until the chunk is full. The chunk is small where someone
-        watches the sequences that decode; where nobody does, large ones get more done."""
+    def _mixed(self, stalls: bool) -> Plan:
+        """One token of each decoding sequence, and prompts by rank until the chunk is full. stalls: someone watches the sequences
+        that decode, so it is small; where nobody does, large ones get more done."""
         items: list[Item] = []
-        stalls = watched and not all(self._prefilling(seq) for seq in self.running)
         left = min(SMALL_CHUNK, self.chunk) if stalls else self.chunk
         for seq in list(self.running):
             if seq.slot < 0 or not seq.remaining:
@@ -230,9 +235,9 @@ class Scheduler:
     def _decode(self, most: int) -> Plan:
         """As many steps as the longest sequence needs and the limit allows; each sequence draws what its pages carry."""
         items: list[Item] = []
-        steps = min(most, max(seq.remaining for seq in self.running))
+        steps = min(most, max(seq.remaining for seq in self.running if not self._prefilling(seq)))
         for seq in list(self.running):
-            if seq.slot < 0 or not seq.remaining:
+            if seq.slot < 0 or not seq.remaining or self._prefilling(seq):
                 continue
             draws = min(steps, seq.remaining)
             while draws > 1 and not self.pages.reserve(seq, seq.computed + draws):

@@ -11,13 +11,15 @@ import jax
 @dataclass(frozen=True)
 class Target:
     """platform: tpu | gpu | cpu. attention: the body of paged_attention. stacked: layers under a scan (TPU), else
-    unrolled (GPU and CPU, where XLA copies every slice of a stacked weight). dtype: of weights and cache.
+    unrolled (GPU and CPU, where XLA copies every slice of a stacked weight). dtype: of weights and cache. ahead: a step is sent before
+    the last one is read; not on a GPU, where the host drives the loops of a program, so that sending waits (LOG.md: 1.1x slower).
     mesh: a jax.sharding.Mesh, or None for one device."""
 
     platform: str
     attention: str
     stacked: bool
     dtype: str
+    ahead: bool = True
     mesh: Any = None
 
     @classmethod
@@ -29,6 +31,7 @@ class Target:
             attention={"tpu": "pallas", "gpu": "batched"}.get(platform, "reference"),
             stacked=platform == "tpu" if layout == "auto" else layout == "stacked",
             dtype=("float32" if platform == "cpu" else "bfloat16") if dtype == "auto" else dtype,
+            ahead=platform != "gpu",
             mesh=mesh,
         )
 

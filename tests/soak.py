@@ -1,6 +1,7 @@
 """Whether a request's tokens depend on anything but itself, and whether an engine leaks: many requests under every policy.
 
     python tests/soak.py --model demo --requests 64 --soak 2000
+    python tests/soak.py --model families --requests 64          # the tiny model of every family in tests/goldens
 
 Serves the same requests (greedy and drawn, with penalties and biases, some with common prefixes) alone, all at once, with other
 chunks and pages, without the prefix cache, from a pool so small that sequences are preempted, and after random aborts; compares
@@ -16,6 +17,7 @@ import gc
 import json
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,23 +26,25 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from llminfer import LLM, SamplingParams, UserError
 
-# Fields of the engine that must not change a token; the pool is small enough that sequences of the longest sizes take turns.
+# Fields of the engine that must not change a token; the small pool makes sequences of the longest sizes take turns.
 POLICIES: dict[str, dict[str, Any]] = {
     "together": {},
     "chunk 32": {"chunk": 32},
     "chunk 64, page 64": {"chunk": 64, "page_size": 64},
     "no prefix cache": {"prefix_cache": False},
     "one step at a time": {"decode_steps": 1},
-    "small pool": {"pages": 40},
+    "small pool": {},
+    "every one preempted": {"decode_steps": 1},
+    "after aborts": {},
 }
 BASE = {"slots": 8, "context": 512, "chunk": 128, "dtype": "float32"}
 
 
-def requests_of(count: int, vocab_size: int, seed: int = 0) -> list[tuple[list[int], SamplingParams]]:
-    """Prompts of 1 to 200 tokens, a third of them behind one of two common prefixes, and parameters of every kind."""
+def requests_of(count: int, vocab_size: int, seed: int = 0, context: int = 512) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts of 1 to 0.4 x context tokens, a third of them behind one of two common prefixes, and parameters of every kind."""
     draw = random.Random(seed)
     ids = lambda n: [draw.randrange(vocab_size) for _ in range(n)]
-    common = [ids(100), ids(60)]
+    common = [ids(context // 5), ids(context // 8)]
     kinds: list[dict[str, Any]] = [
         {},
         {"temperature": 0.8, "top_p": 0.9},
@@ -50,8 +54,8 @@ def requests_of(count: int, vocab_size: int, seed: int = 0) -> list[tuple[list[i
     ]
     made = []
     for i in range(count):
-        prompt = ids(draw.randrange(1, 200)) if i % 3 else common[i % 2] + ids(draw.randrange(1, 20))
-        made.append((prompt, SamplingParams(max_tokens=draw.randrange(5, 60), seed=i, **kinds[i % len(kinds)])))
+        prompt = ids(draw.randrange(1, context * 2 // 5)) if i % 3 else common[i % 2] + ids(draw.randrange(1, 20))
+        made.append((prompt, SamplingParams(max_tokens=draw.randrange(5, context // 8), seed=i, **kinds[i % len(kinds)])))
     return made
 
 
@@ -59,35 +63,68 @@ def serve(llm: LLM, work: list[tuple[list[int], SamplingParams]]) -> list[list[i
     return [out.token_ids for out in llm.generate([prompt for prompt, _ in work], [params for _, params in work])]
 
 
+def serve_preempting(llm: LLM, work: list[tuple[list[int], SamplingParams]]) -> list[list[int]]:
+    """As `serve`; and each request loses its pages once, after its first tokens."""
+    engine = llm.engine
+    requests = [llm.submit(engine.check(prompt, params), params) for prompt, params in work]
+    while engine.busy:
+        engine.step()
+        engine.settle()  # what is under way cannot be taken back
+        for seq in [seq for seq in engine.scheduler.running if seq.output and not seq.preemptions]:
+            engine.scheduler._preempt(seq)
+    return [llm.output(sequences).token_ids for sequences in requests]
+
+
 def disturb(llm: LLM, count: int) -> None:
     """Requests that are aborted at a random moment."""
     draw = random.Random(1)
-    for prompt, params in requests_of(count, llm.config.vocab_size, seed=9):
+    for prompt, params in requests_of(count, llm.config.vocab_size, seed=9, context=llm.engine.context):
         (sequence,) = llm.submit(llm.engine.check(prompt, params), params)
         for _ in range(draw.randrange(0, 4)):
             llm.engine.step()
         llm.engine.abort(sequence)
 
 
-def compare(model: str, count: int) -> int:
+def compare(model: str, count: int, context: int = 512) -> int:
     """Prints a line a policy; the number of requests whose tokens differ."""
-    llm = LLM(model, **BASE)
-    work = requests_of(count, llm.config.vocab_size)
+    base = BASE | {"context": context}
+    llm = LLM(model, **base)
+    work = requests_of(count, llm.config.vocab_size, context=context)
     alone = [serve(llm, [each])[0] for each in work]
     wrong = 0
-    for name, changes in {**POLICIES, "after aborts": {}}.items():
-        llm = LLM(model, **(BASE | changes))
+    for name, changes in POLICIES.items():
+        if name == "small pool":
+            changes = {"pages": context * 5 // 64}
+        llm = LLM(model, **(base | changes))
         if name == "after aborts":
             disturb(llm, 200)
         start = time.perf_counter()
-        found = serve(llm, work)
+        found = serve_preempting(llm, work) if name == "every one preempted" else serve(llm, work)
         differ = [i for i, (a, b) in enumerate(zip(alone, found, strict=True)) if a != b]
         stats = llm.stats()
         kept = ("preemptions", "prefix_hit_tokens", "compiles_after_warmup")
         leaked = stats["pages_total"] - stats["pages_free"]
         line = {"policy": name, "requests": count, "differ": differ, "pages_leaked": leaked, **{key: stats[key] for key in kept}}
         print(json.dumps(line | {"seconds": round(time.perf_counter() - start, 1)}), flush=True)
-        wrong += len(differ) + leaked + stats["compiles_after_warmup"] + (name == "small pool" and not stats["preemptions"])
+        wrong += len(differ) + leaked + stats["compiles_after_warmup"]
+        long_enough = sum(len(tokens) > 3 for tokens in alone)
+        wrong += stats["preemptions"] < {"small pool": 1, "every one preempted": long_enough}.get(name, 0)
+    return wrong
+
+
+def families(count: int) -> int:
+    """`compare` for the tiny model of every family; with windows all pages are few already, so only full ones must preempt."""
+    from goldens.families import MODELS, golden
+    from safetensors.numpy import save_file
+
+    wrong = 0
+    for name in MODELS:
+        config, tensors, *_ = golden(name)
+        with tempfile.TemporaryDirectory() as folder:
+            save_file(tensors, Path(folder) / "model.safetensors")
+            (Path(folder) / "config.json").write_text(json.dumps(config))
+            print(json.dumps({"family": name}), flush=True)
+            wrong += compare(folder, count, context=128)
     return wrong
 
 
@@ -132,7 +169,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--soak", type=int, default=0, help="requests of the soak (default: none)")
     options = parser.parse_args()
-    wrong = compare(options.model, options.requests) + (soak(options.model, options.soak) if options.soak else 0)
+    wrong = families(options.requests) if options.model == "families" else compare(options.model, options.requests)
+    wrong += soak(options.model, options.soak) if options.soak else 0
     print("nothing went wrong" if not wrong else f"{wrong} things went wrong")
     return int(wrong > 0)
 

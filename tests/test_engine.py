@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llminfer import LLM, SamplingParams, UserError, engine
+from llminfer import LLM, SamplingParams, UserError
 from llminfer.config import EngineConfig, from_toml
 from llminfer.engine import Engine
 from llminfer.target import Target
@@ -133,23 +133,41 @@ def test_samples_of_one_request_differ_and_repeat_by_seed() -> None:
     assert llm("config:tiny").generate([prompts()[4]], told)[0].token_ids == fresh.token_ids
 
 
-def test_tokens_drawn_last_are_still_on_the_device(monkeypatch) -> None:
-    """A step can be packed before the one before it is read: negative ids stand for what each slot drew."""
-    want = tokens("config:tiny", GREEDY)
-    seen = []
+def test_a_step_is_sent_before_the_last_one_is_read() -> None:
+    """The host then does not know what was drawn, nor whether a sequence has ended: the device does."""
+    served = llm("config:tiny")
+    free = tokens("config:tiny", GREEDY)
+    ends = dataclasses.replace(GREEDY, stop_token_ids=sorted({output[2 + 5 * (i % 2)] for i, output in enumerate(free)}))
+    cut = [output[: 1 + min(output.index(t) for t in ends.stop_token_ids if t in output)] for output in free]
+    for most in (None, 1):  # ended in a loop; and in steps of one token
+        sequences = [served.submit(prompt, ends)[0] for prompt in prompts()]
+        unread = wasted = 0
+        while served.engine.busy:
+            flight = served.engine._flight
+            with pytest.MonkeyPatch.context() as patch:
+                if most:
+                    patch.setattr(served.engine.scheduler, "decode_steps", most)
+                served.engine.step()
+            if flight is not None and (after := served.engine._flight) is not None:
+                unread += 1
+                wasted += sum(item.seq.finish is not None for item in after.plan.items)
+        assert [seq.output for seq in sequences] == cut
+        assert unread and wasted
+    assert served.engine.pages.free == served.engine.pages.total
 
-    def unread(items, shape):
-        batch = pack(items, shape)
-        for row, item in enumerate(items):
-            if item.start >= len(item.seq.request.prompt):
-                batch.tokens[batch.q_start[row]] = -1
-                seen.append(item)
-        return batch
 
-    pack = engine.pack
-    monkeypatch.setattr(engine, "pack", unread)
-    assert tokens("config:tiny", GREEDY) == want
-    assert seen
+def test_scoring_a_prompt_holds_nobody_up_and_ends_at_its_deadline() -> None:
+    served = llm("config:tiny", chunk=16)
+    long, short = [i % 500 + 3 for i in range(120)], prompts()[3]
+    scored = SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=0)
+    (first,), (late,) = served.submit(long, scored), served.submit(long, dataclasses.replace(scored, deadline_s=0.001, priority=1))
+    (other,) = served.submit(short, SamplingParams(max_tokens=2, ignore_eos=True))
+    while served.engine.busy:
+        served.engine.step()
+        if other.finish is not None and first.finish is None:
+            other.order = -1  # it was served between the chunks
+    assert other.order == -1 and (first.finish, late.finish, late.output) == ("length", "abort", [])
+    assert len(first.request.prompt_logprobs) == 120 and late.request.prompt_logprobs is None
 
 
 def test_end_tokens_stop_and_count() -> None:

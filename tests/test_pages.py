@@ -167,6 +167,22 @@ def test_a_long_prompt_keeps_nobody_waiting_long() -> None:
         scheduler.commit(plan, [[7] * item.draws for item in plan.items])
 
 
+def test_watched_sequences_decode_between_the_chunks_of_a_long_prompt() -> None:
+    pages = Pages((0,), (256,), PAGE, prefix_cache=False)
+    scheduler = Scheduler(pages, slots=2, chunk=128, decode_steps=8)
+    short, long = sequence([1] * 100, limit=400), sequence([2] * 500)
+    scheduler.add(short)
+    scheduler.commit(plan := scheduler.schedule(), [[7]])
+    scheduler.add(long)
+    kinds = []
+    while long.finish is None and not long.output:
+        plan = scheduler.schedule(watched=True, rest=3)
+        kinds.append((plan.steps, [(item.seq, item.draws) for item in plan.items if item.draws]))
+        scheduler.commit(plan, [[7] * item.draws for item in plan.items])
+    assert kinds[:4] == [(0, [(short, 1)]), (3, [(short, 3)])] * 2
+    assert sum(steps == 0 for steps, _ in kinds) == -(-500 // SMALL_CHUNK)  # the last of them draws
+
+
 def test_a_deadline_ends_a_sequence_wherever_it_is() -> None:
     pages = Pages((0,), (64,), PAGE, prefix_cache=True)
     scheduler = Scheduler(pages, slots=1, chunk=16, decode_steps=8)
