@@ -65,8 +65,6 @@ class Engine:
         self.context = min(2048, c.max_position) if settings.context is None else settings.context
         if self.context > c.max_position and not c.sink_window:
             raise refuse("context", self.context, f"{c.name} was made for at most {c.max_position} positions")
-        if c.sink_tokens and target.attention in ("pallas", "interpret"):
-            raise refuse("kv_policy", settings.kv_policy, "the TPU's attention kernel has no sinks yet; legal there: sinks:0")
         placement.check_mesh(c, target)
         totals = placement.pool_sizes(c, settings, self.context, target)
         self.pages = Pages(c.groups, totals, settings.page_size, prefix_cache=settings.prefix_cache, sinks=c.sinks)

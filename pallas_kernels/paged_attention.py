@@ -49,14 +49,12 @@ def paged_attention(
         return paged_attention_reference(q, k, v, kv, **args, sinks=sinks, q_sinks=q_sinks, batched=impl == "batched")
     if impl not in ("pallas", "interpret"):
         raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret")
-    if sinks:
-        raise ValueError(f"sinks={sinks}: impl={impl!r} has none; legal: 0")
     from jax.experimental.pallas import tpu as pltpu
 
     from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 
     mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
-    return paged_attention_tpu(q, k, v, kv, **args, interpret=mode)
+    return paged_attention_tpu(q, k, v, kv, **args, sinks=sinks, q_sinks=q_sinks, interpret=mode)
 
 
 def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max):

@@ -15,7 +15,6 @@ and writes of the same rows in order:
 Sources: Dao et al., FlashAttention-2 (arXiv 2307.08691), for the online softmax; Kwon et al., PagedAttention (arXiv 2309.06180).
 """
 
-import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -26,63 +25,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.paged_attention_plan import LANES, Plan, check, from_tiles, make_plan, new_to_tiles, to_tiles, vmem_bytes, work_items
+
 MASKED = -1e30  # finite, so that a row which sees nothing of a block stays free of NaN until a block that it sees rescales it
-DECODE_KEYS, PREFILL_KEYS = 1024, 512  # keys a block, before VMEM bounds it
-BLOCK_BYTES = 4 << 20  # of one of the two key-value buffers
-TILE_ROWS = 2048  # rows (tokens x query heads) of one query tile
-TABLE_ENTRIES = 240 << 10  # of the page table: scalar memory holds 1 MiB on every TPU so far
-LANES = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Everything static about one kernel. Sizes in elements."""
-
-    heads: int  # key-value heads
-    group: int  # query heads of one key-value head
-    head_dim: int
-    page: int
-    pages_per_seq: int
-    block_pages: int
-    tile: int  # tokens of a query tile; 1 = decode
-    rows: int  # rows of a query tile and key-value head: (group, token) flattened, or the group padded, for decode
-    align: int  # rows of a window written to the cache
-    scale: float
-    softcap: float | None
-    compute: jnp.dtype  # of the operands of the matrix products
-
-    @property
-    def block(self) -> int:
-        return self.block_pages * self.page
-
-    @property
-    def short_block(self) -> int:
-        """Keys that are looked at in a block which ends early."""
-        return self.block // 4 if self.block % (4 * LANES) == 0 else self.block
-
-    @property
-    def split(self) -> bool:
-        """Whether keys and values can be cut out of a cache row at a lane tile. If not, a query is padded with zeros instead."""
-        return self.head_dim % LANES == 0
-
-    @property
-    def width(self) -> int:
-        """Lanes of a query row and of an output row."""
-        return self.head_dim if self.split else 2 * self.head_dim
-
-    @property
-    def value_lane(self) -> int:
-        return self.head_dim if self.split else 0
-
-    @property
-    def windows(self) -> int:
-        """Windows that one item's new rows can touch."""
-        return 1 if self.tile == 1 else 2
-
-    @property
-    def write_rows(self) -> int:
-        """Rows of one write: a window, or a page if that is smaller."""
-        return min(self.align, self.page)
 
 
 class _Scalars(NamedTuple):
@@ -109,7 +54,7 @@ class _Item(NamedTuple):
     low: jax.Array
 
 
-def _item(plan: _Plan, s: _Scalars, i) -> _Item:
+def _item(plan: Plan, s: _Scalars, i) -> _Item:
     seq, tile_row = s.item_seq[i], s.item_tile[i] * plan.tile
     start, length = s.q_start[seq], s.q_len[seq]
     row_from, row_to = jnp.maximum(start, tile_row), jnp.minimum(start + length, tile_row + plan.tile)
@@ -118,7 +63,7 @@ def _item(plan: _Plan, s: _Scalars, i) -> _Item:
     return _Item(seq, row_from - tile_row, first, first + row_to - row_from, low)
 
 
-def _requested_early(plan: _Plan, s: _Scalars, i, item: _Item):
+def _requested_early(plan: Plan, s: _Scalars, i, item: _Item):
     """Whether the item before `i` requested the first block of `i` (rule 3)."""
     written_from = (s.kv_len[item.seq] - s.q_len[item.seq]) // plan.align * plan.align
     clean = (item.low // plan.block + 1) * plan.block <= written_from
@@ -128,7 +73,7 @@ def _requested_early(plan: _Plan, s: _Scalars, i, item: _Item):
 class _Reader(NamedTuple):
     """Copies blocks of pages from the cache into one of two VMEM buffers."""
 
-    plan: _Plan
+    plan: Plan
     s: _Scalars
     kv: jax.Array
     buf: jax.Array
@@ -167,7 +112,7 @@ class _Reader(NamedTuple):
 class _Writer(NamedTuple):
     """Patches new rows into a block and writes them to the cache; `pending` counts its unfinished writes, by parity of the item."""
 
-    plan: _Plan
+    plan: Plan
     s: _Scalars
     kv: jax.Array
     buf: jax.Array
@@ -217,7 +162,7 @@ class _Writer(NamedTuple):
         self.pending[parity] += 1
 
 
-def _clear_unseen_values(plan: _Plan, item: _Item, b, keys: int, buf, slot):
+def _clear_unseen_values(plan: Plan, item: _Item, b, keys: int, buf, slot):
     """Zeroes those values among the first `keys` of block b that no row of the item sees: zero times what lies there must not be NaN."""
     base, chunk = b * plan.block, math.gcd(LANES, keys)
     lanes = slice(plan.value_lane, 2 * plan.head_dim)
@@ -232,7 +177,7 @@ def _clear_unseen_values(plan: _Plan, item: _Item, b, keys: int, buf, slot):
     pl.when(base + keys > item.end)(lambda: lax.fori_loop((item.end - base) // chunk, keys // chunk, clear, None))
 
 
-def _visible(plan: _Plan, s: _Scalars, item: _Item, b, keys: int):
+def _visible(plan: Plan, s: _Scalars, item: _Item, b, keys: int):
     """Mask [rows, keys]: which of the first keys of block b each row sees."""
     shape = (plan.rows, keys)
     token = lax.broadcasted_iota(jnp.int32, shape, 0) & (plan.tile - 1)
@@ -242,7 +187,7 @@ def _visible(plan: _Plan, s: _Scalars, item: _Item, b, keys: int):
     return (key_pos <= row_pos) & (key_pos > oldest)
 
 
-def _attend_block(plan: _Plan, h, q, kv, visible, acc, top, total):
+def _attend_block(plan: Plan, h, q, kv, visible, acc, top, total):
     """One step of the online softmax: rows q [rows, width] of head h against keys and values kv [keys, 2 * head_dim]."""
     precision = lax.Precision.HIGHEST if plan.compute == jnp.float32 else lax.Precision.DEFAULT
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
@@ -259,7 +204,45 @@ def _attend_block(plan: _Plan, h, q, kv, visible, acc, top, total):
     acc[h] = acc[h] * shrink[:, :1] + dot(weights.astype(plan.compute), values, (((1,), (0,)), ((), ())))
 
 
-def _for_heads(plan: _Plan, body):
+class _Sinks(NamedTuple):
+    """The first tokens of a sequence, for rows whose window has left them behind: a block of their own, with queries of their own."""
+
+    plan: Plan
+    s: _Scalars
+    kv: jax.Array
+    q: jax.Array
+    buf: jax.Array
+    sem: jax.Array
+
+    def attend(self, item: _Item, acc, top, total):
+        """After all other blocks of the item, since new rows of its own may be among the sinks; what it wrote has been waited for."""
+        plan, size = self.plan, (self.plan.rows, self.plan.sink_rows)
+        copies = [
+            pltpu.make_async_copy(
+                self.kv.at[self.s.layer[0], self.s.page_table[item.seq * plan.pages_per_seq + n]],
+                self.buf.at[:, pl.ds(n * plan.page, plan.page), :],
+                self.sem,
+            )
+            for n in range(plan.sink_rows // plan.page)
+        ]
+        for copy in copies:
+            copy.start()
+        for copy in copies:
+            copy.wait()
+        token = lax.broadcasted_iota(jnp.int32, size, 0) & (plan.tile - 1)
+        key_pos = lax.broadcasted_iota(jnp.int32, size, 1)
+        visible = (key_pos < plan.sinks) & (key_pos <= item.first - item.row + token - self.s.window[0])
+        left = jnp.minimum(plan.sinks, item.end - self.s.window[0])  # what the last row has left behind
+        known = lax.broadcasted_iota(jnp.int32, (plan.sink_rows, 2 * plan.head_dim), 0) < left
+
+        def head(h):
+            rows = jnp.where(known, self.buf[h].astype(jnp.float32), 0.0).astype(self.buf.dtype)  # zero times NaN must not be
+            _attend_block(plan, h, self.q[0, h], rows, visible, acc, top, total)
+
+        _for_heads(plan, head)
+
+
+def _for_heads(plan: Plan, body):
     """Runs body(h) for each key-value head, unrolled as far as the tile is small, so that the heads overlap in the schedule."""
     step = math.gcd(plan.heads, max(1, 128 // plan.rows))
     if step == plan.heads:
@@ -274,7 +257,7 @@ def _for_heads(plan: _Plan, body):
     lax.fori_loop(0, plan.heads // step, some, None)
 
 
-def _run_item(plan: _Plan, s: _Scalars, reader: _Reader, writer: _Writer, q_ref, out_ref, softmax, slot_ref):
+def _run_item(plan: Plan, s: _Scalars, reader: _Reader, writer: _Writer, sinks: _Sinks | None, q_ref, out_ref, softmax, slot_ref):
     """Attention of one work item; leaves the result in out_ref and the slot of the next item's first block in slot_ref."""
     i, parity = pl.program_id(0), lax.rem(pl.program_id(0), 2)
     item, last = _item(plan, s, i), i + 1 == s.item_count[0]
@@ -310,6 +293,9 @@ def _run_item(plan: _Plan, s: _Scalars, reader: _Reader, writer: _Writer, q_ref,
             pl.when(jnp.logical_not(short))(lambda: attend(plan.block))
 
     lax.fori_loop(first_block, end_block, block, None)
+    if sinks is not None:
+        pl.when(item.first < plan.sinks)(lambda: writer.drain(parity))
+        pl.when((s.window[0] > 0) & (item.end > s.window[0]))(lambda: sinks.attend(item, *softmax))
     slot_ref[0] = (slot0 + end_block - first_block) % 2
 
     token = lax.broadcasted_iota(jnp.int32, (plan.rows, plan.width), 0) & (plan.tile - 1)
@@ -323,9 +309,11 @@ def _run_item(plan: _Plan, s: _Scalars, reader: _Reader, writer: _Writer, q_ref,
     pl.when(last)(lambda: lax.fori_loop(0, 2, lambda either, _: writer.drain(either), None))
 
 
-def _kernel(*refs, plan: _Plan):
+def _kernel(*refs, plan: Plan):
     s, refs = _Scalars(*refs[:9]), refs[9:]
-    q_ref, new_ref, _, out_ref, kv_ref, buf, stage, acc, top, total, slot_ref, pending, read_sem, write_sem = refs
+    q_ref, new_ref, _, *refs = refs
+    sink_q, *refs = refs if plan.sinks else (None, *refs)
+    out_ref, kv_ref, buf, stage, acc, top, total, slot_ref, pending, read_sem, write_sem, *sink_refs = refs
 
     @pl.when(pl.program_id(0) == 0)
     def _():
@@ -335,73 +323,12 @@ def _kernel(*refs, plan: _Plan):
     def _():
         reader = _Reader(plan, s, kv_ref, buf, read_sem)
         writer = _Writer(plan, s, kv_ref, buf, new_ref, stage, pending, write_sem)
-        _run_item(plan, s, reader, writer, q_ref, out_ref, (acc, top, total), slot_ref)
+        sinks = _Sinks(plan, s, kv_ref, sink_q, *sink_refs) if plan.sinks else None
+        _run_item(plan, s, reader, writer, sinks, q_ref, out_ref, (acc, top, total), slot_ref)
 
 
-def _work_items(plan: _Plan, rows: int, q_start, q_len):
-    """Overlaps of tiles and sequences, ordered by row: (item_seq, item_tile, item_count). Dense comparisons: no sort, no scatter."""
-    tiles, seqs = rows // plan.tile, q_start.shape[0]
-    size = min(seqs, rows) if plan.tile == 1 else min(tiles + seqs, rows)
-    first_tile = q_start // plan.tile
-    count = jnp.where(q_len > 0, (q_start + q_len - 1) // plan.tile - first_tile + 1, 0)
-    before = jnp.sum(jnp.where(q_start[None, :] < q_start[:, None], count[None, :], 0), axis=1, dtype=jnp.int32)
-    total = jnp.sum(count, dtype=jnp.int32)
-    n = jnp.minimum(jnp.arange(size, dtype=jnp.int32), jnp.maximum(total - 1, 0))[:, None]
-    hit = (n >= before) & (n < before + count)
-    pick = lambda x: jnp.sum(jnp.where(hit, x, 0), axis=1, dtype=jnp.int32)
-    return pick(jnp.arange(seqs, dtype=jnp.int32)), pick(first_tile - before + n), total.reshape(1)
-
-
-def _to_tiles(plan: _Plan, q, new):
-    """q [T, Hq, D] to [tiles, Hkv, rows, width] and new rows [T, Hkv, 2D] to [tiles, Hkv, tile, 2D] (decode: [T, Hkv, 2D])."""
-    t = q.shape[0]
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.width - plan.head_dim)))
-    if plan.tile == 1:
-        q = q.reshape(t, plan.heads, plan.group, plan.width)
-        return jnp.pad(q, ((0, 0), (0, 0), (0, plan.rows - plan.group), (0, 0))), new
-    pad = -t % plan.tile
-    q, new = (jnp.pad(x, ((0, pad), (0, 0), (0, 0))) for x in (q, new))
-    q = q.reshape(-1, plan.tile, plan.heads, plan.group, plan.width).transpose(0, 2, 3, 1, 4)
-    new = new.reshape(-1, plan.tile, plan.heads, 2 * plan.head_dim).transpose(0, 2, 1, 3)
-    return q.reshape(-1, plan.heads, plan.rows, plan.width), new
-
-
-def _from_tiles(plan: _Plan, out, t: int):
-    """The inverse of _to_tiles for the output: [T, Hq, D]."""
-    out = out[..., plan.width - plan.head_dim :]
-    if plan.tile == 1:
-        return out[:, :, : plan.group].reshape(t, plan.heads * plan.group, plan.head_dim)
-    out = out.reshape(-1, plan.heads, plan.group, plan.tile, plan.head_dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(-1, plan.heads * plan.group, plan.head_dim)[:t]
-
-
-def _make_plan(q, kv, pages_per_seq: int, q_max: int, scale: float, softcap: float | None) -> _Plan:
-    heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
-    group, size = q.shape[1] // heads, kv.dtype.itemsize
-    if q_max == 1:
-        tile, rows, align = 1, pl.cdiv(group, 8) * 8, 32 // size
-    else:
-        tile = max(16, min(128, pl.next_power_of_2(q_max), 1 << (TILE_ROWS // q.shape[1]).bit_length() - 1))
-        while page % tile and tile % page:
-            tile //= 2
-        rows, align = tile * group, tile
-    unit = math.lcm(page, align)  # a window never straddles two blocks
-    keys = min(DECODE_KEYS if tile == 1 else PREFILL_KEYS, BLOCK_BYTES // (heads * 2 * head_dim * size))
-    block_pages = min(max(keys // unit, 1), pl.cdiv(pages_per_seq * page, unit)) * unit // page
-    compute = jnp.promote_types(q.dtype, kv.dtype)
-    return _Plan(heads, group, head_dim, page, pages_per_seq, block_pages, tile, rows, align, float(scale), softcap, compute)
-
-
-def _vmem_bytes(plan: _Plan, kv_size: int, q_size: int) -> int:
-    """VMEM that the kernel asks for, with room for the scores of the heads in flight."""
-    row = 2 * plan.head_dim * plan.heads * kv_size
-    cache = row * (2 * plan.block + 2 * plan.windows * plan.align + 2 * max(plan.tile, 8))
-    tile = plan.heads * plan.rows * (plan.width * (4 * q_size + 4) + 2 * LANES * 4)
-    return cache + tile + 8 * max(plan.rows, 128) * plan.block * 4
-
-
-def _call(plan: _Plan, q, new, kv, s: _Scalars, interpret):
-    """The pallas_call: (out tiles, kv)."""
+def _call(plan: Plan, q, new, kv, sink_q, s: _Scalars, interpret):
+    """The pallas_call: (out tiles, kv). sink_q: like q, or None without sinks."""
     tiles, new_shape = q.shape[0], new.shape[1:]
     tile_of = lambda dims: lambda i, *scalars: (scalars[7][i],) + (0,) * dims
     block = (1, plan.heads, plan.rows, plan.width)
@@ -414,6 +341,7 @@ def _call(plan: _Plan, q, new, kv, s: _Scalars, interpret):
             pl.BlockSpec(block, tile_of(3)),
             pl.BlockSpec((1, *new_shape), tile_of(len(new_shape))),
             pl.BlockSpec(memory_space=pl.ANY),
+            *([pl.BlockSpec(block, tile_of(3))] if plan.sinks else []),
         ],
         out_specs=[pl.BlockSpec(block, tile_of(3)), pl.BlockSpec(memory_space=pl.ANY)],
         scratch_shapes=[
@@ -424,9 +352,10 @@ def _call(plan: _Plan, q, new, kv, s: _Scalars, interpret):
             pltpu.SMEM((2,), jnp.int32),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((2,)),
+            *([pltpu.VMEM((plan.heads, plan.sink_rows, row), kv.dtype), pltpu.SemaphoreType.DMA(())] if plan.sinks else []),
         ],
     )
-    vmem = max(_vmem_bytes(plan, kv.dtype.itemsize, q.dtype.itemsize), 16 << 20)
+    vmem = max(vmem_bytes(plan, kv.dtype.itemsize, q.dtype.itemsize), 16 << 20)
     params = pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True, vmem_limit_bytes=vmem)
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan),
@@ -436,31 +365,12 @@ def _call(plan: _Plan, q, new, kv, s: _Scalars, interpret):
         compiler_params=params,
         interpret=interpret,
         name="paged_decode" if plan.tile == 1 else "paged_prefill",
-    )(*s, q, new, kv)
+    )(*s, q, new, kv, *([] if sink_q is None else [sink_q]))
 
 
-def _check(q, k, v, kv, page_table, q_max: int) -> None:
-    if kv.ndim != 5 or kv.shape[4] % LANES:
-        raise ValueError(f"kv has shape {kv.shape}: must be [layers, pages, kv_heads, page, 2*head_dim], 2*head_dim a multiple of {LANES}")
-    heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
-    if page % 16 or not 16 <= page <= 256:
-        raise ValueError(f"page size {page}: must be a multiple of 16 from 16 to 256")
-    if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % heads:
-        raise ValueError(f"q has shape {q.shape}: must be [T, a multiple of {heads} heads, {head_dim}]")
-    if k.shape != (q.shape[0], heads, head_dim) or v.shape != k.shape:
-        raise ValueError(f"k and v have shapes {k.shape} and {v.shape}: must be {(q.shape[0], heads, head_dim)}")
-    for name, x in (("q", q), ("kv", kv)):
-        if x.dtype not in (jnp.bfloat16, jnp.float32):
-            raise ValueError(f"{name} has dtype {x.dtype}: must be bfloat16 or float32")
-    if page_table.ndim != 2 or page_table.size > TABLE_ENTRIES:
-        raise ValueError(
-            f"page_table has shape {page_table.shape}: must be [sequences, pages of a sequence], {TABLE_ENTRIES} entries at most"
-        )
-    if q_max < 1:
-        raise ValueError(f"q_max is {q_max}: must be at least 1")
-
-
-def paged_attention_tpu(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, softcap=None, q_max, interpret=False):
+def paged_attention_tpu(
+    q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, softcap=None, q_max, sinks=0, q_sinks=None, interpret=False
+):
     """Writes new keys and values into a paged cache and attends to it. See pallas_kernels.paged_attention for the reference.
 
     q [T, Hq, D], k and v [T, Hkv, D]: new rows of all sequences, flattened; query head h uses key-value head h // (Hq // Hkv).
@@ -468,11 +378,12 @@ def paged_attention_tpu(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_le
     layer, window: int32 scalars; window 0 is full attention, otherwise position p sees p-window+1..p.
     page_table int32 [R, pages_per_seq]; q_start, q_len, kv_len int32 [R]: first row, rows and context length (new rows included).
     q_max: static upper bound of q_len. 1 builds only the decode kernel; otherwise sequences with one row go through the decode
-    kernel and the others through the tiled one. interpret: False, True or a pltpu.InterpretParams.
+    kernel and the others through the tiled one. sinks (static), q_sinks [T, Hq, D]: see the reference; a window must be given with them.
+    interpret: False, True or a pltpu.InterpretParams.
     Returns (out [T, Hq, D] of q's dtype, zero in rows of no sequence, and kv).
     Raises ValueError for shapes and types that the kernel does not take. Page ids are not checked: one out of range is undefined.
     """
-    _check(q, k, v, kv, page_table, q_max)
+    check(q, k, v, kv, page_table, q_max)
     interpret = pltpu.InterpretParams() if interpret is True else interpret
     scalar = lambda x: jnp.asarray(x, jnp.int32).reshape(1)
     shared = (scalar(layer), scalar(window), page_table.reshape(-1).astype(jnp.int32))
@@ -481,11 +392,12 @@ def paged_attention_tpu(q, k, v, kv, *, layer, page_table, q_start, q_len, kv_le
     row = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
     out = jnp.zeros_like(q)
     for tile_max in (1,) if q_max == 1 else (1, q_max):
-        plan = _make_plan(q, kv, page_table.shape[1], tile_max, scale, softcap)
+        plan = make_plan(q, kv, page_table.shape[1], tile_max, scale, softcap, sinks)
         length = jnp.where((q_len == 1) if tile_max == 1 else (q_len > 1), q_len, 0)
-        tiles, new_tiles = _to_tiles(plan, q.astype(plan.compute), new)
-        items = _work_items(plan, tiles.shape[0] * plan.tile, q_start, length)
-        part, kv = _call(plan, tiles, new_tiles, kv, _Scalars(*shared, q_start, length, kv_len, *items), interpret)
+        tiles, *sink_tiles = (to_tiles(plan, x.astype(plan.compute)) for x in ((q, q_sinks) if sinks else (q,)))
+        items = work_items(plan, tiles.shape[0] * plan.tile, q_start, length)
+        scalars = _Scalars(*shared, q_start, length, kv_len, *items)
+        part, kv = _call(plan, tiles, new_to_tiles(plan, new), kv, sink_tiles[0] if sinks else None, scalars, interpret)
         owned = jnp.any((row >= q_start) & (row < q_start + length), axis=1)
-        out = jnp.where(owned[:, None, None], _from_tiles(plan, part, q.shape[0]).astype(q.dtype), out)
+        out = jnp.where(owned[:, None, None], from_tiles(plan, part, q.shape[0]).astype(q.dtype), out)
     return out, kv

@@ -76,7 +76,7 @@ def test_tokens_do_not_depend_on_the_mesh(layout: str) -> None:
 
 def test_the_tpu_kernel_serves_the_same_tokens_in_the_interpreter() -> None:
     c = dataclasses.replace(from_toml("tiny_window"), num_layers=3, head_dim=64)
-    settings = EngineConfig(slots=2, context=64, chunk=16, decode_steps=3)
+    settings = EngineConfig(slots=2, context=64, chunk=16, decode_steps=3, kv_policy="sinks:3,window:10")
     found = []
     for attention in ("reference", "batched", "interpret"):
         engine = Engine(c, settings, dataclasses.replace(Target.of("cpu", layout="stacked"), attention=attention))

@@ -43,12 +43,13 @@ class Program:
     head_dim: int = 128
     dtype: type = jnp.float32
     softcap: float | None = None
+    sinks: int = 0
     transfers: str = "eager"
 
     @functools.cached_property
     def call(self):
         params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=self.transfers)
-        static = dict(scale=self.head_dim**-0.5, softcap=self.softcap, q_max=self.q_max, interpret=params)
+        static = dict(scale=self.head_dim**-0.5, softcap=self.softcap, q_max=self.q_max, sinks=self.sinks, interpret=params)
         return jax.jit(functools.partial(paged_attention_tpu, **static))
 
 
@@ -78,11 +79,13 @@ def build(program: Program, case: Case):
     order, table = rng.permutation(pool), rng.integers(0, pool, (program.seqs, program.pages), dtype=np.int32)
     for r, (new, total) in enumerate(zip(case.q_len, case.kv_len, strict=True)):
         low = max(0, total - new - case.window + 1) if case.window else 0
-        for j in range(low // page, math.ceil(total / page)):  # entries of pages that fell out of the window stay arbitrary
+        kept = range(min(low // page, math.ceil(program.sinks / page)))
+        for j in (*kept, *range(low // page, math.ceil(total / page))):  # entries of pages that fell out of the window stay arbitrary
             table[r, j] = order[r * program.pages + j]
             rows = max(0, min(page, total - new - j * page))
             kv[:, table[r, j], :, :rows] = draw(LAYERS, heads, rows, 2 * program.head_dim)
-    lengths = dict(q_start=starts, q_len=np.array(case.q_len, np.int32), kv_len=np.array(case.kv_len, np.int32))
+    more = dict(q_sinks=draw(*q.shape)) if program.sinks else {}
+    lengths = more | dict(q_start=starts, q_len=np.array(case.q_len, np.int32), kv_len=np.array(case.kv_len, np.int32))
     return q, k, v, kv, dict(layer=np.int32(LAYER), window=np.int32(case.window), page_table=table, **lengths)
 
 
@@ -96,9 +99,14 @@ def oracle(program: Program, q, k, v, kv, data):
             cache[LAYER, table[pos // program.page], :, pos % program.page] = np.concatenate([k[row], v[row]], axis=-1)
         for row, pos in enumerate(positions, start):
             seen = np.arange(max(0, pos - window + 1) if window else 0, pos + 1)
+            early = np.arange(min(program.sinks, seen[0]))
+            seen = np.concatenate([early, seen])
+            queries = np.stack([q[row]] * len(seen)).astype(np.float64)
+            if len(early):
+                queries[: len(early)] = data["q_sinks"][row]
             rows = cache[LAYER, table[seen // program.page], :, seen % program.page].astype(np.float64)  # [keys, heads, 2 * dim]
             rows = rows.repeat(program.group, axis=1)
-            scores = np.einsum("hd,nhd->hn", q[row].astype(np.float64), rows[..., :dim]) * dim**-0.5
+            scores = np.einsum("nhd,nhd->hn", queries, rows[..., :dim]) * dim**-0.5
             if program.softcap:
                 scores = np.tanh(scores / program.softcap) * program.softcap
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -125,6 +133,9 @@ PROGRAMS = {
     "mix_head64": Program(seqs=6, rows=97, q_max=48, pages=6, group=3, kv_heads=3, head_dim=64, dtype=jnp.bfloat16, softcap=5.0),
     "pages_of_48": Program(seqs=4, rows=250, q_max=144, pages=7, page=48, kv_heads=1),
     "blocks": Program(seqs=3, rows=140, q_max=130, pages=11, page=64, kv_heads=1, group=8, dtype=jnp.bfloat16),
+    "sinks_decode": Program(seqs=5, rows=6, q_max=1, pages=7, sinks=4, transfers="on_wait"),
+    "sinks_mix": Program(seqs=6, rows=110, q_max=48, pages=6, group=1, sinks=20),
+    "sinks_head64": Program(seqs=6, rows=97, q_max=48, pages=6, group=3, kv_heads=3, head_dim=64, dtype=jnp.bfloat16, softcap=5.0, sinks=3),
 }
 CASES = [
     Case("decode", (1, 1, 0, 1, 1), (1, 16, 0, 37, 33)),
@@ -142,6 +153,10 @@ CASES = [
     Case("pages_of_48", (47, 49, 1, 144), (60, 49, 30, 300)),
     Case("blocks", (130, 3, 1), (700, 600, 530)),
     Case("blocks", (3, 130, 1), (513, 650, 530), window=90),
+    Case("sinks_decode", (1, 1, 1, 0, 1), (100, 3, 70, 5, 24), window=20),
+    Case("sinks_mix", MIX_Q, MIX_KV, window=10),
+    Case("sinks_mix", MIX_Q[::-1], MIX_KV[::-1], window=1, seed=1),
+    Case("sinks_head64", MIX_Q, MIX_KV, window=24),
 ]
 
 
@@ -183,7 +198,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 
-topology, page, rows, q_max = sys.argv[1], *map(int, sys.argv[2:])
+topology, page, rows, q_max, sinks = sys.argv[1], *map(int, sys.argv[2:])
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 mesh = Mesh(np.array(devices[:1]), ("x",))
 shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -191,7 +206,7 @@ i32, bf16, seqs, layers = jnp.int32, jnp.bfloat16, 64, 2
 
 def step(q, k, v, kv, layer, window, table, start, new, total):
     return paged_attention_tpu(q, k, v, kv, layer=layer, page_table=table, q_start=start, q_len=new, kv_len=total,
-                               window=window, scale=128**-0.5, q_max=q_max)
+                               window=window, scale=128**-0.5, q_max=q_max, sinks=sinks, q_sinks=q)
 
 temporaries = []
 for pool in (8192 // page * 16, 8192 // page * 32):
@@ -208,12 +223,19 @@ assert temporaries[0] == temporaries[1], temporaries
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(
-    ("topology", "page", "rows", "q_max"),
-    [("v5e:2x2", 16, 64, 1), ("v6e:2x2", 128, 64, 1), ("v5e:2x2", 128, 256, 256), ("v6e:2x2", 16, 256, 256), ("tpu7x:2x2x1", 16, 256, 256)],
+    ("topology", "page", "rows", "q_max", "sinks"),
+    [
+        ("v5e:2x2", 16, 64, 1, 0),
+        ("v6e:2x2", 128, 64, 1, 4),
+        ("v5e:2x2", 128, 256, 256, 0),
+        ("v6e:2x2", 16, 256, 256, 0),
+        ("v5e:2x2", 16, 256, 256, 4),
+        ("tpu7x:2x2x1", 16, 256, 256, 0),
+    ],
 )
-def test_compiles_for_tpu(topology, page, rows, q_max):
+def test_compiles_for_tpu(topology, page, rows, q_max, sinks):
     """Llama-3-8B heads: the cache is aliased, and temporaries do not depend on the number of pages."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", COMPILE, topology, *map(str, (page, rows, q_max))]
+    command = [sys.executable, "-c", COMPILE, topology, *map(str, (page, rows, q_max, sinks))]
     run = subprocess.run(command, env={**os.environ, **AOT, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]

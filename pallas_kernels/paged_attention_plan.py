@@ -1,0 +1,161 @@
+"""The static side of the TPU's paged attention: sizes of blocks and tiles, rows laid out in tiles, and work items. See
+paged_attention_tpu.py for the algorithm."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+DECODE_KEYS, PREFILL_KEYS = 1024, 512  # keys a block, before VMEM bounds it
+BLOCK_BYTES = 4 << 20  # of one of the two key-value buffers
+TILE_ROWS = 2048  # rows (tokens x query heads) of one query tile
+TABLE_ENTRIES = 240 << 10  # of the page table: scalar memory holds 1 MiB on every TPU so far
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one kernel. Sizes in elements."""
+
+    heads: int  # key-value heads
+    group: int  # query heads of one key-value head
+    head_dim: int
+    page: int
+    pages_per_seq: int
+    block_pages: int
+    tile: int  # tokens of a query tile; 1 = decode
+    rows: int  # rows of a query tile and key-value head: (group, token) flattened, or the group padded, for decode
+    align: int  # rows of a window written to the cache
+    scale: float
+    softcap: float | None
+    compute: jnp.dtype  # of the operands of the matrix products
+    sinks: int = 0  # first positions that are seen also beyond the window
+
+    @property
+    def block(self) -> int:
+        return self.block_pages * self.page
+
+    @property
+    def short_block(self) -> int:
+        """Keys that are looked at in a block which ends early."""
+        return self.block // 4 if self.block % (4 * LANES) == 0 else self.block
+
+    @property
+    def split(self) -> bool:
+        """Whether keys and values can be cut out of a cache row at a lane tile. If not, a query is padded with zeros instead."""
+        return self.head_dim % LANES == 0
+
+    @property
+    def width(self) -> int:
+        """Lanes of a query row and of an output row."""
+        return self.head_dim if self.split else 2 * self.head_dim
+
+    @property
+    def value_lane(self) -> int:
+        return self.head_dim if self.split else 0
+
+    @property
+    def windows(self) -> int:
+        """Windows that one item's new rows can touch."""
+        return 1 if self.tile == 1 else 2
+
+    @property
+    def sink_rows(self) -> int:
+        """Rows of the pages that hold the sinks."""
+        return pl.cdiv(self.sinks, self.page) * self.page
+
+    @property
+    def write_rows(self) -> int:
+        """Rows of one write: a window, or a page if that is smaller."""
+        return min(self.align, self.page)
+
+
+def work_items(plan: Plan, rows: int, q_start, q_len):
+    """Overlaps of tiles and sequences, ordered by row: (item_seq, item_tile, item_count). Dense comparisons: no sort, no scatter."""
+    tiles, seqs = rows // plan.tile, q_start.shape[0]
+    size = min(seqs, rows) if plan.tile == 1 else min(tiles + seqs, rows)
+    first_tile = q_start // plan.tile
+    count = jnp.where(q_len > 0, (q_start + q_len - 1) // plan.tile - first_tile + 1, 0)
+    before = jnp.sum(jnp.where(q_start[None, :] < q_start[:, None], count[None, :], 0), axis=1, dtype=jnp.int32)
+    total = jnp.sum(count, dtype=jnp.int32)
+    n = jnp.minimum(jnp.arange(size, dtype=jnp.int32), jnp.maximum(total - 1, 0))[:, None]
+    hit = (n >= before) & (n < before + count)
+    pick = lambda x: jnp.sum(jnp.where(hit, x, 0), axis=1, dtype=jnp.int32)
+    return pick(jnp.arange(seqs, dtype=jnp.int32)), pick(first_tile - before + n), total.reshape(1)
+
+
+def to_tiles(plan: Plan, q):
+    """q [T, Hq, D] to [tiles, Hkv, rows, width]."""
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.width - plan.head_dim)))
+    if plan.tile == 1:
+        q = q.reshape(q.shape[0], plan.heads, plan.group, plan.width)
+        return jnp.pad(q, ((0, 0), (0, 0), (0, plan.rows - plan.group), (0, 0)))
+    q = jnp.pad(q, ((0, -q.shape[0] % plan.tile), (0, 0), (0, 0)))
+    q = q.reshape(-1, plan.tile, plan.heads, plan.group, plan.width).transpose(0, 2, 3, 1, 4)
+    return q.reshape(-1, plan.heads, plan.rows, plan.width)
+
+
+def new_to_tiles(plan: Plan, new):
+    """New rows of the cache [T, Hkv, 2D] to [tiles, Hkv, tile, 2D]; for decode as they are."""
+    if plan.tile == 1:
+        return new
+    new = jnp.pad(new, ((0, -new.shape[0] % plan.tile), (0, 0), (0, 0)))
+    return new.reshape(-1, plan.tile, plan.heads, 2 * plan.head_dim).transpose(0, 2, 1, 3)
+
+
+def from_tiles(plan: Plan, out, t: int):
+    """The inverse of to_tiles for the output: [T, Hq, D]."""
+    out = out[..., plan.width - plan.head_dim :]
+    if plan.tile == 1:
+        return out[:, :, : plan.group].reshape(t, plan.heads * plan.group, plan.head_dim)
+    out = out.reshape(-1, plan.heads, plan.group, plan.tile, plan.head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(-1, plan.heads * plan.group, plan.head_dim)[:t]
+
+
+def make_plan(q, kv, pages_per_seq: int, q_max: int, scale: float, softcap: float | None, sinks: int) -> Plan:
+    heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
+    group, size = q.shape[1] // heads, kv.dtype.itemsize
+    if q_max == 1:
+        tile, rows, align = 1, pl.cdiv(group, 8) * 8, 32 // size
+    else:
+        tile = max(16, min(128, pl.next_power_of_2(q_max), 1 << (TILE_ROWS // q.shape[1]).bit_length() - 1))
+        while page % tile and tile % page:
+            tile //= 2
+        rows, align = tile * group, tile
+    unit = math.lcm(page, align)  # a window never straddles two blocks
+    keys = min(DECODE_KEYS if tile == 1 else PREFILL_KEYS, BLOCK_BYTES // (heads * 2 * head_dim * size))
+    block_pages = min(max(keys // unit, 1), pl.cdiv(pages_per_seq * page, unit)) * unit // page
+    compute = jnp.promote_types(q.dtype, kv.dtype)
+    return Plan(heads, group, head_dim, page, pages_per_seq, block_pages, tile, rows, align, float(scale), softcap, compute, sinks)
+
+
+def vmem_bytes(plan: Plan, kv_size: int, q_size: int) -> int:
+    """VMEM that the kernel asks for, with room for the scores of the heads in flight."""
+    row = 2 * plan.head_dim * plan.heads * kv_size
+    cache = row * (2 * plan.block + 2 * plan.windows * plan.align + 2 * max(plan.tile, 8))
+    cache += row * plan.sink_rows
+    queries = 4 if plan.sinks == 0 else 6  # tiles in flight: of queries, of the sinks', and of the output
+    tile = plan.heads * plan.rows * (plan.width * (queries * q_size + 4) + 2 * LANES * 4)
+    return cache + tile + 8 * max(plan.rows, 128) * plan.block * 4
+
+
+def check(q, k, v, kv, page_table, q_max: int) -> None:
+    if kv.ndim != 5 or kv.shape[4] % LANES:
+        raise ValueError(f"kv has shape {kv.shape}: must be [layers, pages, kv_heads, page, 2*head_dim], 2*head_dim a multiple of {LANES}")
+    heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
+    if page % 16 or not 16 <= page <= 256:
+        raise ValueError(f"page size {page}: must be a multiple of 16 from 16 to 256")
+    if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % heads:
+        raise ValueError(f"q has shape {q.shape}: must be [T, a multiple of {heads} heads, {head_dim}]")
+    if k.shape != (q.shape[0], heads, head_dim) or v.shape != k.shape:
+        raise ValueError(f"k and v have shapes {k.shape} and {v.shape}: must be {(q.shape[0], heads, head_dim)}")
+    for name, x in (("q", q), ("kv", kv)):
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            raise ValueError(f"{name} has dtype {x.dtype}: must be bfloat16 or float32")
+    if page_table.ndim != 2 or page_table.size > TABLE_ENTRIES:
+        raise ValueError(
+            f"page_table has shape {page_table.shape}: must be [sequences, pages of a sequence], {TABLE_ENTRIES} entries at most"
+        )
+    if q_max < 1:
+        raise ValueError(f"q_max is {q_max}: must be at least 1")

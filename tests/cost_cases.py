@@ -1,0 +1,61 @@
+"""Work whose cost a simulator of the TPU compiler's schedules can count: factories for it, with the values of all scalar operands.
+
+Each takes A(shape, dtype), which makes an abstract array on the target, and sizes; gives fn, args, the donated arguments, and for each
+kernel (by a pattern of its name) the values of its scalar operands. The sizes default to Llama-3-8B's heads in bfloat16; ctx is the length
+with the new tokens, T the number of new ones over all sequences. Page tables are random permutations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.paged_attention_plan import make_plan, work_items
+from pallas_kernels.paged_attention_tpu import paged_attention_tpu
+
+
+def decode(A: Any, B: int = 64, page: int = 128, ctx: int = 2048, H: int = 32, KV: int = 8, HD: int = 128) -> dict[str, Any]:
+    """B sequences with one new token each."""
+    return attention(A, [1] * B, page, ctx, H, KV, HD)
+
+
+def prefill(
+    A: Any, B: int = 8, T: int = 2048, page: int = 128, ctx: int = 2048, H: int = 32, KV: int = 8, HD: int = 128
+) -> dict[str, Any]:
+    """B sequences with T / B new tokens each."""
+    return attention(A, [T // B] * B, page, ctx, H, KV, HD)
+
+
+def mixed(
+    A: Any, B: int = 64, T: int = 2048, some: int = 8, page: int = 128, ctx: int = 2048, H: int = 32, KV: int = 8, HD: int = 128
+) -> dict[str, Any]:
+    """B sequences, of which the last `some` have T / some new tokens each, and the others one."""
+    return attention(A, [1] * (B - some) + [T // some] * some, page, ctx, H, KV, HD)
+
+
+def attention(A: Any, new: list[int], page: int, ctx: int, H: int, KV: int, HD: int) -> dict[str, Any]:
+    """paged_attention of sequences with new[i] tokens each, all of them of length ctx."""
+    rows, seqs, pages, i32 = sum(new), len(new), -(-ctx // page), jnp.int32
+    q, kv = A((rows, H, HD)), A((1, seqs * pages, KV, page, 2 * HD))
+    table = np.random.default_rng(0).permutation(seqs * pages).astype(np.int32)
+    start, length, total = np.cumsum([0, *new[:-1]]), np.array(new), np.full(seqs, ctx)
+    scale, most = HD**-0.5, max(new)
+
+    def fn(q, k, v, kv, layer, window, table, q_start, q_len, kv_len):
+        rest = dict(layer=layer, window=window, page_table=table, q_start=q_start, q_len=q_len, kv_len=kv_len)
+        return paged_attention_tpu(q, k, v, kv, **rest, scale=scale, q_max=most)
+
+    operands = {}
+    for name, bound, mine in (("paged_decode", 1, length == 1), ("paged_prefill", most, length > 1)):
+        if name == "paged_prefill" and most == 1:
+            continue
+        plan = make_plan(q, kv, pages, bound, scale, None, 0)
+        own = np.where(mine, length, 0)
+        padded = -(-rows // plan.tile) * plan.tile
+        items = work_items(plan, padded, jnp.asarray(start, i32), jnp.asarray(own, i32))
+        values = ([0], [0], table, start, own, total, *map(np.asarray, items))
+        operands[name] = dict(enumerate(values))
+    args = [q, *[A((rows, KV, HD))] * 2, kv, A((), i32), A((), i32), A((seqs, pages), i32), *[A((seqs,), i32)] * 3]
+    return dict(fn=fn, args=args, donate=(3,), operands=operands)
