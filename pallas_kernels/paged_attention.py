@@ -85,7 +85,7 @@ def paged_attention_reference(
     the table."""
     kv = write_pages(k, v, kv, layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len)
     look = functools.partial(_look, kv=kv, layer=layer, window=window, scale=scale, softcap=softcap, sinks=sinks)
-    qs = jnp.stack([q, q_sinks], axis=1) if sinks else q[:, None]  # [T, 1 or 2, Hq, D]
+    qs = q[:, None] if q_sinks is None else jnp.stack([q, q_sinks], axis=1)  # [T, 1 or 2, Hq, D]
     out = _one_each(qs, page_table, q_start, jnp.where(q_len == 1, kv_len, 0), look, batched)
     if q_max > 1:
         out = _in_blocks(qs, out, page_table, q_start, jnp.where(q_len > 1, q_len, 0), kv_len, look)

@@ -323,7 +323,7 @@ def _kernel(*refs, plan: Plan):
     def _():
         reader = _Reader(plan, s, kv_ref, buf, read_sem)
         writer = _Writer(plan, s, kv_ref, buf, new_ref, stage, pending, write_sem)
-        sinks = _Sinks(plan, s, kv_ref, sink_q, *sink_refs) if plan.sinks else None
+        sinks = None if sink_q is None else _Sinks(plan, s, kv_ref, sink_q, *sink_refs)
         _run_item(plan, s, reader, writer, sinks, q_ref, out_ref, (acc, top, total), slot_ref)
 
 
@@ -394,10 +394,11 @@ def paged_attention_tpu(
     for tile_max in (1,) if q_max == 1 else (1, q_max):
         plan = make_plan(q, kv, page_table.shape[1], tile_max, scale, softcap, sinks)
         length = jnp.where((q_len == 1) if tile_max == 1 else (q_len > 1), q_len, 0)
-        tiles, *sink_tiles = (to_tiles(plan, x.astype(plan.compute)) for x in ((q, q_sinks) if sinks else (q,)))
+        tiles = to_tiles(plan, q.astype(plan.compute))
+        sink_tiles = to_tiles(plan, q_sinks.astype(plan.compute)) if sinks else None
         items = work_items(plan, tiles.shape[0] * plan.tile, q_start, length)
         scalars = _Scalars(*shared, q_start, length, kv_len, *items)
-        part, kv = _call(plan, tiles, new_to_tiles(plan, new), kv, sink_tiles[0] if sinks else None, scalars, interpret)
+        part, kv = _call(plan, tiles, new_to_tiles(plan, new), kv, sink_tiles, scalars, interpret)
         owned = jnp.any((row >= q_start) & (row < q_start + length), axis=1)
         out = jnp.where(owned[:, None, None], from_tiles(plan, part, q.shape[0]).astype(q.dtype), out)
     return out, kv

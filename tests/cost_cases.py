@@ -21,9 +21,7 @@ def decode(A: Any, B: int = 64, page: int = 128, ctx: int = 2048, H: int = 32, K
     return attention(A, [1] * B, page, ctx, H, KV, HD)
 
 
-def prefill(
-    A: Any, B: int = 8, T: int = 2048, page: int = 128, ctx: int = 2048, H: int = 32, KV: int = 8, HD: int = 128
-) -> dict[str, Any]:
+def prefill(A: Any, B: int = 8, T: int = 2048, page: int = 128, ctx: int = 2048, H: int = 32, KV: int = 8, HD: int = 128) -> dict[str, Any]:
     """B sequences with T / B new tokens each."""
     return attention(A, [T // B] * B, page, ctx, H, KV, HD)
 

@@ -53,7 +53,11 @@ def gap(_: str) -> dict[str, Any]:
         return gaps[1:], (at - begin) / (count - first) * 1e3
 
     steps(lambda: all(len(seq.output) > 20 for seq in others))
-    more = lambda count: lambda end=len(others[0].output) + count: len(others[0].output) > end
+
+    def more(count: int) -> Callable[[], bool]:
+        end = len(others[0].output) + count
+        return lambda: len(others[0].output) > end
+
     usual, token = steps(more(500))
     (long,) = llm.submit(ids_of(draw, 32_000), SamplingParams(max_tokens=1, ignore_eos=True))
     beside, token_beside = steps(lambda: long.finish is not None)
