@@ -17,7 +17,7 @@ Sources: Dao et al., FlashAttention-2 (arXiv 2307.08691), for the online softmax
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -369,7 +369,23 @@ def _call(plan: Plan, q, new, kv, sink_q, s: _Scalars, interpret):
 
 
 def paged_attention_tpu(
-    q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, softcap=None, q_max, sinks=0, q_sinks=None, interpret=False
+    q,
+    k,
+    v,
+    kv,
+    *,
+    layer,
+    page_table,
+    q_start,
+    q_len,
+    kv_len,
+    window,
+    scale,
+    softcap=None,
+    q_max,
+    sinks=0,
+    q_sinks: Any = None,
+    interpret=False,
 ):
     """Writes new keys and values into a paged cache and attends to it. See pallas_kernels.paged_attention for the reference.
 
