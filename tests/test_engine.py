@@ -27,7 +27,7 @@ def prompts() -> list[list[int]]:
     return [[draw.randrange(3, 512) for _ in range(length)] for length in (1, 15, 16, 17, 40, 70, 33, 5, 64)]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=6)  # each holds thousands of memory maps, of which a process has 65,530
 def llm(model: str, **settings) -> LLM:
     return LLM(model, **{"slots": 8, "context": 128, "decode_steps": 8, "debug": True, "dtype": "float32"} | settings)
 

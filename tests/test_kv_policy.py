@@ -16,7 +16,7 @@ from llminfer.model import logits
 POLICY = "sinks:3,window:20"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=6)  # each holds thousands of memory maps, of which a process has 65,530
 def llm(model: str = "config:tiny", **settings) -> LLM:
     return LLM(model, **{"slots": 4, "context": 128, "chunk": 32, "decode_steps": 8, "debug": True, "dtype": "float32"} | settings)
 

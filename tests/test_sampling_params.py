@@ -198,7 +198,7 @@ ALL = SamplingParams(
 )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=6)  # each holds thousands of memory maps, of which a process has 65,530
 def llm(model: str = "config:tiny", **settings: Any) -> LLM:
     return LLM(model, **{"slots": 4, "context": 128, "chunk": 32, "decode_steps": 8, "debug": True, "dtype": "float32"} | settings)
 
