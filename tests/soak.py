@@ -6,8 +6,8 @@
 Serves the same requests (greedy and drawn, with penalties and biases, some with common prefixes) alone, all at once, with other
 chunks and pages, without the prefix cache, from a pool so small that sequences are preempted, and after random aborts; compares
 tokens with those of each request alone. Then a soak: requests that come, go, are aborted or are bad, one after the other; pages must
-be back at the end and memory flat. One JSON line a configuration. A difference is a bug unless float32 sums in another order can explain it
-(DESIGN: at most 1 request of 200).
+be back at the end and memory flat. One JSON line a configuration. A difference is a bug, but for a tie between two tokens that sums of
+float32 in another order decide (at most 1 request of 200).
 """
 
 from __future__ import annotations
@@ -85,6 +85,15 @@ def disturb(llm: LLM, count: int) -> None:
         llm.engine.abort(sequence)
 
 
+def is_tie(llm: LLM, request: tuple[list[int], SamplingParams], one: list[int], other: list[int]) -> bool:
+    """Whether two greedy continuations part where both tokens are as likely, to under 1e-3 of the range of the logits."""
+    (prompt, params), at = request, next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), -1)
+    if at < 0 or params.temperature or params.penalises or params.logit_bias:
+        return False
+    logits = llm.prompt_logits(prompt + one[:at])[-1]
+    return bool(abs(logits[one[at]] - logits[other[at]]) < 1e-3 * (logits.max() - logits.min()))
+
+
 def compare(model: str, count: int, context: int = 512) -> int:
     """Prints a line a policy; the number of requests whose tokens differ."""
     base = BASE | {"context": context}
@@ -101,12 +110,20 @@ def compare(model: str, count: int, context: int = 512) -> int:
         start = time.perf_counter()
         found = serve_preempting(llm, work) if name == "every one preempted" else serve(llm, work)
         differ = [i for i, (a, b) in enumerate(zip(alone, found, strict=True)) if a != b]
+        ties = [i for i in differ if is_tie(llm, work[i], alone[i], found[i])]
         stats = llm.stats()
         kept = ("preemptions", "prefix_hit_tokens", "compiles_after_warmup")
         leaked = stats["pages_total"] - stats["pages_free"]
-        line = {"policy": name, "requests": count, "differ": differ, "pages_leaked": leaked, **{key: stats[key] for key in kept}}
+        line = {
+            "policy": name,
+            "requests": count,
+            "differ": differ,
+            "ties": ties,
+            "pages_leaked": leaked,
+            **{key: stats[key] for key in kept},
+        }
         print(json.dumps(line | {"seconds": round(time.perf_counter() - start, 1)}), flush=True)
-        wrong += len(differ) + leaked + stats["compiles_after_warmup"]
+        wrong += len(differ) - (len(ties) if len(ties) <= 1 + count // 200 else 0) + leaked + stats["compiles_after_warmup"]
         long_enough = sum(len(tokens) > 3 for tokens in alone)
         few = int(0 in llm.engine.c.windows)  # where all layers have windows, there are always pages
         wrong += stats["preemptions"] < {"small pool": few, "every one preempted": long_enough}.get(name, 0)
