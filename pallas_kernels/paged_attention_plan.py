@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-DECODE_KEYS, PREFILL_KEYS = 1024, 512  # keys a block, before VMEM bounds it
+DECODE_KEYS, PREFILL_KEYS = 1024, 1024  # keys a block, before VMEM bounds it
 BLOCK_BYTES = 4 << 20  # of one of the two key-value buffers
 TILE_ROWS = 2048  # rows (tokens x query heads) of one query tile
 TABLE_ENTRIES = 240 << 10  # of the page table: scalar memory holds 1 MiB on every TPU so far

@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention_plan import LANES, Plan, check, from_tiles, make_plan, new_to_tiles, to_tiles, vmem_bytes, work_items
 
+LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a row which sees nothing of a block stays free of NaN until a block that it sees rescales it
 
 
@@ -187,21 +188,37 @@ def _visible(plan: Plan, s: _Scalars, item: _Item, b, keys: int):
     return (key_pos <= row_pos) & (key_pos > oldest)
 
 
+def _lane_sums(x):
+    """x [rows, n] summed to [rows, LANES], of which the lanes' sum is wanted: crossing lanes is left for the end."""
+    if x.shape[1] % LANES:
+        return jnp.broadcast_to(jnp.sum(x, axis=1, keepdims=True) * (1 / LANES), (x.shape[0], LANES))
+    return functools.reduce(jnp.add, [x[:, at : at + LANES] for at in range(0, x.shape[1], LANES)])
+
+
+def _by_lanes(operation, x, row):
+    """operation of x [rows, n] with a value of each row, row [rows, LANES] holding it in every lane: nothing crosses lanes."""
+    if x.shape[1] % LANES:
+        return operation(x, row[:, :1])
+    return jnp.concatenate([operation(x[:, at : at + LANES], row) for at in range(0, x.shape[1], LANES)], axis=1)
+
+
 def _attend_block(plan: Plan, h, q, kv, visible, acc, top, total):
-    """One step of the online softmax: rows q [rows, width] of head h against keys and values kv [keys, 2 * head_dim]."""
+    """One step of the online softmax: rows q [rows, width] of head h against keys and values kv [keys, 2 * head_dim]. visible: a mask, or
+    None where every row sees all. Exponents are of 2, and the queries are scaled for that. total: each lane has a part of the sum."""
     precision = lax.Precision.HIGHEST if plan.compute == jnp.float32 else lax.Precision.DEFAULT
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
     keys, values = kv[:, : plan.width].astype(plan.compute), kv[:, plan.value_lane :].astype(plan.compute)
-    scores = dot(q, keys, (((1,), (1,)), ((), ()))) * plan.scale
+    scores = dot(q, keys, (((1,), (1,)), ((), ())))
     if plan.softcap is not None:
-        scores = jnp.tanh(scores / plan.softcap) * plan.softcap
-    scores = jnp.where(visible, scores, MASKED)
+        scores = jnp.tanh(scores) * (plan.softcap * LOG2E)
+    if visible is not None:
+        scores = jnp.where(visible, scores, MASKED)
     old_top = top[h]
     new_top = jnp.maximum(old_top, jnp.max(scores, axis=1, keepdims=True))
-    weights, shrink = jnp.exp(scores - new_top[:, :1]), jnp.exp(old_top - new_top)
+    weights, shrink = jnp.exp2(_by_lanes(jnp.subtract, scores, new_top)), jnp.exp2(old_top - new_top)
     top[h] = new_top
-    total[h] = total[h] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-    acc[h] = acc[h] * shrink[:, :1] + dot(weights.astype(plan.compute), values, (((1,), (0,)), ((), ())))
+    total[h] = total[h] * shrink + _lane_sums(weights)
+    acc[h] = _by_lanes(jnp.multiply, acc[h], shrink) + dot(weights.astype(plan.compute), values, (((1,), (0,)), ((), ())))
 
 
 class _Sinks(NamedTuple):
@@ -244,7 +261,7 @@ class _Sinks(NamedTuple):
 
 def _for_heads(plan: Plan, body):
     """Runs body(h) for each key-value head, unrolled as far as the tile is small, so that the heads overlap in the schedule."""
-    step = math.gcd(plan.heads, max(1, 128 // plan.rows))
+    step = math.gcd(plan.heads, max(1, 1024 // plan.rows))
     if step == plan.heads:
         for h in range(plan.heads):
             body(h)
@@ -280,17 +297,20 @@ def _run_item(plan: Plan, s: _Scalars, reader: _Reader, writer: _Writer, sinks: 
         reader.wait(item, b, slot)
         writer.patch(item, b, slot, parity)
 
-        def attend(keys):
-            _clear_unseen_values(plan, item, b, keys, reader.buf, slot)
-            visible = _visible(plan, s, item, b, keys)
+        def attend(keys, whole=False):
+            visible = None
+            if not whole:
+                _clear_unseen_values(plan, item, b, keys, reader.buf, slot)
+                visible = _visible(plan, s, item, b, keys)
             _for_heads(plan, lambda h: _attend_block(plan, h, q_ref[0, h], reader.buf[slot, h, :keys], visible, acc, top, total))
 
-        if plan.short_block == plan.block:
-            attend(plan.block)
-        else:
-            short = item.end - b * plan.block <= plan.short_block
-            pl.when(short)(lambda: attend(plan.short_block))
-            pl.when(jnp.logical_not(short))(lambda: attend(plan.block))
+        base = b * plan.block
+        whole = (base + plan.block <= item.first + 1) & ((s.window[0] == 0) | (base + s.window[0] >= item.end))
+        short = item.end - base <= plan.short_block if plan.short_block < plan.block else False
+        pl.when(whole)(lambda: attend(plan.block, whole=True))
+        pl.when(jnp.logical_not(whole | short))(lambda: attend(plan.block))
+        if plan.short_block < plan.block:
+            pl.when(short & jnp.logical_not(whole))(lambda: attend(plan.short_block))
 
     lax.fori_loop(first_block, end_block, block, None)
     if sinks is not None:
@@ -302,7 +322,7 @@ def _run_item(plan: Plan, s: _Scalars, reader: _Reader, writer: _Writer, sinks: 
     mine = (token >= item.row) & (token < item.row + item.end - item.first)
 
     def finish(h):
-        result = acc[h] / total[h][:, :1]
+        result = acc[h] / jnp.sum(total[h], axis=1, keepdims=True)
         out_ref[0, h] = jnp.where(mine, result, out_ref[0, h].astype(jnp.float32)).astype(out_ref.dtype)
 
     _for_heads(plan, finish)
@@ -410,8 +430,9 @@ def paged_attention_tpu(
     for tile_max in (1,) if q_max == 1 else (1, q_max):
         plan = make_plan(q, kv, page_table.shape[1], tile_max, scale, softcap, sinks)
         length = jnp.where((q_len == 1) if tile_max == 1 else (q_len > 1), q_len, 0)
-        tiles = to_tiles(plan, q.astype(plan.compute))
-        sink_tiles = to_tiles(plan, q_sinks.astype(plan.compute)) if sinks else None
+        factor = scale * LOG2E if softcap is None else scale / softcap
+        scaled = lambda x, plan=plan, factor=factor: to_tiles(plan, (x.astype(jnp.float32) * factor).astype(plan.compute))
+        tiles, sink_tiles = scaled(q), scaled(q_sinks) if sinks else None
         items = work_items(plan, tiles.shape[0] * plan.tile, q_start, length)
         scalars = _Scalars(*shared, q_start, length, kv_len, *items)
         part, kv = _call(plan, tiles, new_to_tiles(plan, new), kv, sink_tiles, scalars, interpret)

@@ -36,8 +36,9 @@ def mixed(
 def attention(A: Any, new: list[int], page: int, ctx: int, H: int, KV: int, HD: int) -> dict[str, Any]:
     """paged_attention of sequences with new[i] tokens each, all of them of length ctx."""
     rows, seqs, pages, i32 = sum(new), len(new), -(-ctx // page), jnp.int32
-    q, kv = A((rows, H, HD)), A((1, seqs * pages, KV, page, 2 * HD))
-    table = np.random.default_rng(0).permutation(seqs * pages).astype(np.int32)
+    pool = max(seqs * pages, (1 << 27) // (KV * page * HD))  # 512 MB or more: the compiler would keep a small cache in VMEM
+    q, kv = A((rows, H, HD)), A((1, pool, KV, page, 2 * HD))
+    table = np.random.default_rng(0).permutation(pool)[: seqs * pages].astype(np.int32)
     start, length, total = np.cumsum([0, *new[:-1]]), np.array(new), np.full(seqs, ctx)
     scale, most = HD**-0.5, max(new)
 
