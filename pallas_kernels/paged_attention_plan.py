@@ -27,7 +27,6 @@ class Plan:
     tile: int  # tokens of a query tile; 1 = decode
     rows: int  # rows of a query tile and key-value head: (group, token) flattened, or the group padded, for decode
     align: int  # rows of a window written to the cache
-    scale: float
     softcap: float | None
     compute: jnp.dtype  # of the operands of the matrix products
     sinks: int = 0  # first positions that are seen also beyond the window
@@ -113,7 +112,7 @@ def from_tiles(plan: Plan, out, t: int):
     return out.reshape(-1, plan.heads * plan.group, plan.head_dim)[:t]
 
 
-def make_plan(q, kv, pages_per_seq: int, q_max: int, scale: float, softcap: float | None, sinks: int) -> Plan:
+def make_plan(q, kv, pages_per_seq: int, q_max: int, softcap: float | None, sinks: int) -> Plan:
     heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
     group, size = q.shape[1] // heads, kv.dtype.itemsize
     if q_max == 1:
@@ -127,7 +126,7 @@ def make_plan(q, kv, pages_per_seq: int, q_max: int, scale: float, softcap: floa
     keys = min(DECODE_KEYS if tile == 1 else PREFILL_KEYS, BLOCK_BYTES // (heads * 2 * head_dim * size))
     block_pages = min(max(keys // unit, 1), pl.cdiv(pages_per_seq * page, unit)) * unit // page
     compute = jnp.promote_types(q.dtype, kv.dtype)
-    return Plan(heads, group, head_dim, page, pages_per_seq, block_pages, tile, rows, align, float(scale), softcap, compute, sinks)
+    return Plan(heads, group, head_dim, page, pages_per_seq, block_pages, tile, rows, align, softcap, compute, sinks)
 
 
 def vmem_bytes(plan: Plan, kv_size: int, q_size: int) -> int:

@@ -428,7 +428,7 @@ def paged_attention_tpu(
     row = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
     out = jnp.zeros_like(q)
     for tile_max in (1,) if q_max == 1 else (1, q_max):
-        plan = make_plan(q, kv, page_table.shape[1], tile_max, scale, softcap, sinks)
+        plan = make_plan(q, kv, page_table.shape[1], tile_max, softcap, sinks)
         length = jnp.where((q_len == 1) if tile_max == 1 else (q_len > 1), q_len, 0)
         factor = scale * LOG2E if softcap is None else scale / softcap
         scaled = lambda x, plan=plan, factor=factor: to_tiles(plan, (x.astype(jnp.float32) * factor).astype(plan.compute))

@@ -52,10 +52,10 @@ def serve_transformers(peer: Any, arrivals: list[Arrival]) -> None:
                 out = model(tokens, attention_mask=mask, position_ids=position, past_key_values=out.past_key_values, use_cache=True)
 
 
-def serve_llama(peer: Any, arrivals: list[Arrival], slots: int, unified: bool = False) -> None:
+def serve_llama(peer: Any, arrivals: list[Arrival], slots: int) -> None:
     api = peer.api
     params = api.llama_context_default_params()
-    params.n_ctx, params.n_seq_max, params.kv_unified = slots * 2048, slots, unified
+    params.n_ctx, params.n_seq_max, params.kv_unified = slots * 2048, slots, False
     params.n_batch = params.n_ubatch = BATCH
     params.n_threads = params.n_threads_batch = peer.threads
     context = api.llama_init_from_model(peer.model, params)
@@ -101,7 +101,6 @@ def main() -> None:
     parser.add_argument("--only", default="transformers,llama")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--slots", type=int, default=8, help="sequences at once of llama.cpp")
-    parser.add_argument("--unified", action="store_true", help="llama.cpp: one buffer for all sequences")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     args.cache = Path(tempfile.gettempdir()) / "bench_peers"
@@ -110,7 +109,7 @@ def main() -> None:
         peer: Any = bench_peers.PEERS[name](args)
         wall, busy, own = time.perf_counter(), bench_peers.busy_seconds(), time.process_time()
         if name == "llama":
-            serve_llama(peer, arrivals, args.slots, args.unified)
+            serve_llama(peer, arrivals, args.slots)
         else:
             serve_transformers(peer, arrivals)
         wall, busy, own = time.perf_counter() - wall, bench_peers.busy_seconds() - busy, time.process_time() - own

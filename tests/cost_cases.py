@@ -50,7 +50,7 @@ def attention(A: Any, new: list[int], page: int, ctx: int, H: int, KV: int, HD: 
     for name, bound, mine in (("paged_decode", 1, length == 1), ("paged_prefill", most, length > 1)):
         if name == "paged_prefill" and most == 1:
             continue
-        plan = make_plan(q, kv, pages, bound, scale, None, 0)
+        plan = make_plan(q, kv, pages, bound, None, 0)
         own = np.where(mine, length, 0)
         padded = -(-rows // plan.tile) * plan.tile
         items = work_items(plan, padded, jnp.asarray(start, i32), jnp.asarray(own, i32))

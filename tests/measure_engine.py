@@ -94,8 +94,6 @@ def loop(_: str) -> dict[str, Any]:
 
 
 def memory(_: str) -> dict[str, Any]:
-    import jax
-
     from llminfer.config import EngineConfig, from_toml
     from llminfer.engine import Engine
     from llminfer.target import Target
@@ -103,8 +101,7 @@ def memory(_: str) -> dict[str, Any]:
     c, context, found = from_toml("gemma3_4b"), 8192, {}
     for slots in (8, 32):
         settings = EngineConfig(slots=slots, context=context, pages=slots * context // 16)
-        with jax.default_device(jax.devices()[0]):
-            engine = Engine(c, settings, Target.of("cpu", dtype="bfloat16"))  # shapes only: nothing is allocated
+        engine = Engine(c, settings, Target.of("cpu", dtype="bfloat16"))  # shapes only: nothing is allocated
         row = 2 * c.num_kv_heads * c.head_dim * 2
         need = slots * row * sum(min(c.window(i) or context, context) for i in range(c.num_layers))
         whole = slots * row * context * c.num_layers

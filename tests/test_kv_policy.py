@@ -60,7 +60,7 @@ def streaming(engine, ids: list[int], sinks: int, window: int) -> np.ndarray:
 def test_logits_are_those_of_streaming_llm(chunk: int) -> None:
     served = llm(kv_policy=POLICY, chunk=chunk)
     ids = prompt(60)
-    with jax.default_matmul_precision("highest"), jax.disable_jit(False):
+    with jax.default_matmul_precision("highest"):
         want = streaming(served.engine, ids, 3, 20)
     found = served.prompt_logits(ids)
     assert np.abs(found - want).max() < 1e-5 * np.ptp(want)
