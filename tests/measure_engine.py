@@ -169,7 +169,8 @@ def host(_: str) -> dict[str, Any]:
     engine.scheduler.schedule = timed("schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
     engine.scheduler.commit = timed("commit", engine.scheduler.commit)  # type: ignore[method-assign]
     engine._show = timed("show", engine._show)  # type: ignore[method-assign]
-    module.pack, plain = timed("pack", module.pack), module.pack
+    plain = module.pack, module.ship
+    module.pack, module.ship = (timed("pack", function) for function in plain)
     try:
         for _ in range(300):
             llm.submit(ids_of(draw, draw.randrange(20, 300)), SamplingParams(max_tokens=draw.randrange(50, 300), ignore_eos=True))
@@ -178,7 +179,7 @@ def host(_: str) -> dict[str, Any]:
             engine.step(watched=True)
             steps += 1
     finally:
-        module.pack = plain
+        module.pack, module.ship = plain
     return {"steps": steps, "ms_a_step": {name: round(t / steps * 1e3, 3) for name, t in spent.items()}} | {
         "all_ms": round(sum(spent.values()) / steps * 1e3, 3)
     }
