@@ -1,4 +1,4 @@
-"""The wheel holds the three packages and the configs, and nothing else."""
+"""The wheel holds the three packages and the configs and the kernels' block sizes, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def test_wheel_contents(tmp_path):
     (info,) = (top for top in tops if top.endswith(".dist-info"))
     assert tops == {"llminfer", "pallas_kernels", "sharding", info}
     assert {f"llminfer/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")} <= set(names)
+    assert "pallas_kernels/tuned.toml" in names
     assert f"{info}/licenses/LICENSE" in names
     sources = {str(path.relative_to(ROOT)) for top in ("llminfer", "pallas_kernels", "sharding") for path in (ROOT / top).rglob("*.py")}
     assert sources <= set(names)
