@@ -1,0 +1,347 @@
+"""Matrix products of rows sorted by group with one matrix a group: the experts of a mixture, each with its own ragged share of tokens.
+
+Rows 0 .. group_sizes[0]-1 of x belong to expert 0, the next group_sizes[1] to expert 1, and so on; out[row] = x[row] @ w[layer, expert of
+row]. Rows past the sum of group_sizes come back as zeros, whatever x holds there. Weights of experts without rows are not read.
+
+    x [M, K] bfloat16 or float32   group_sizes int32 [E], sum at most M   layer int32 scalar   out [M, N] of x's dtype
+    w [L, E, K, N]: of x's dtype; or int8 or int4 with scale [L, E, N] (a column's) or scale [L, E, K / group, N] (a group's: rows
+    i * group .. of a column). The product is with w * scale.   bias [L, E, N], added to the product
+
+With an `activation` N is 2 * F, gate columns first, then up, and out [M, F] = act(gate) * up: the wide product stays on the chip.
+"silu" and "gelu" (by tanh) are of the gate; "clamped" is gpt-oss's: gate * sigmoid(ALPHA * gate) * (up + 1), gate at most LIMIT, up from
+-LIMIT to LIMIT.
+
+The TPU kernel. A grid step is one overlap of an expert with a block of rows, for one block of columns; columns go outermost, so that a
+weight is read once however ragged the groups are, and x as often as there are blocks of columns. All of K is in one block, so no sum
+outlives a step. Inside a step, rows are multiplied in windows of a few sizes that start at multiples of 16: the matrix unit takes a
+small window in the time that it needs to load the weights, so the smallest size that holds what is left is the cheapest. Rows of other
+experts in a window keep what they had. The idea of work items over sorted groups: Gale et al., MegaBlocks (arXiv 2211.15841).
+
+`impl`: "reference" (plain jnp: the contract, and what a CPU runs), "pallas" (TPU), "interpret" (the kernel, interpreted on a CPU).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES, ALIGN = 128, 16  # lanes of a register; where windows start: rows of a packed bfloat16 tile
+ROWS = 16  # experts whose scales (or biases) of a column come together
+VMEM = 16 << 20  # what every TPU has
+REFERENCE_ROWS = 64  # rows of one expert that the reference multiplies at a time
+ALPHA, LIMIT = 1.702, 7.0  # gpt-oss
+ACTIVATIONS = (None, "silu", "gelu", "clamped")
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of the kernel's blocks."""
+
+    block_m: int  # rows of x in VMEM
+    block_n: int  # columns of the output, and of w (of gate and of up, each)
+    window: int  # most rows of one product
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Everything static about one call. Sizes in elements."""
+
+    m: int  # rows, padded to whole tiles
+    experts: int
+    k: int
+    n: int  # columns of the output
+    dtype: Any  # of x and of the operands of the product
+    weight: Any  # dtype as stored
+    group: int  # rows of w with one scale; 0: none, k: a column's
+    scale: Any  # dtype, or None
+    bias: Any
+    activation: str | None
+
+    @property
+    def halves(self) -> int:
+        return 1 if self.activation is None else 2
+
+
+def grouped_matmul(
+    x, w, group_sizes, *, layer=0, scale=None, bias=None, activation=None, blocks: Blocks | None = None, impl="reference"
+):  # fmt: skip
+    """Products of sorted rows with their experts' matrices: see the module. blocks: sizes of the kernel (None: default_blocks).
+    Returns [M, N], or [M, N / 2] with an activation. Raises ValueError for shapes and types that cannot work."""
+    shape = check(x, w, group_sizes, scale, bias, activation)
+    if impl == "reference":
+        return grouped_matmul_reference(x, w, group_sizes, layer=layer, scale=scale, bias=bias, activation=activation)
+    if impl not in ("pallas", "interpret"):
+        raise ValueError(f"impl={impl!r}: legal: reference, pallas, interpret")
+    blocks = default_blocks(shape) if blocks is None else blocks
+    check_blocks(shape, blocks)
+    mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
+    return grouped_matmul_tpu(shape, blocks, x, w, group_sizes, layer, scale, bias, interpret=mode)
+
+
+def grouped_matmul_reference(x, w, group_sizes, *, layer=0, scale=None, bias=None, activation=None):
+    """The contract in plain jnp. Windows of rows one after the other, as many as the groups have: an expert without rows costs nothing."""
+    shape = check(x, w, group_sizes, scale, bias, activation)
+    size = min(REFERENCE_ROWS, x.shape[0])
+    ends = jnp.cumsum(group_sizes)
+    windows = jnp.cumsum((group_sizes + size - 1) // size)
+    padded = jnp.pad(x, ((0, size), (0, 0)))
+
+    def step(carry):
+        i, out = carry
+        e = jnp.searchsorted(windows, i, side="right")
+        count = group_sizes[e]
+        offset = (i - windows[e] + (count + size - 1) // size) * size
+        start = ends[e] - count + offset
+        part = lambda array: None if array is None else array[layer, e]
+        found = _reference_rows(shape, lax.dynamic_slice_in_dim(padded, start, size), part(w), part(scale), part(bias))
+        mine = (offset + jnp.arange(size) < count)[:, None]
+        old = lax.dynamic_slice_in_dim(out, start, size)
+        return i + 1, lax.dynamic_update_slice_in_dim(out, jnp.where(mine, found, old), start, axis=0)
+
+    out = jnp.zeros((x.shape[0] + size, shape.n), x.dtype)
+    return lax.while_loop(lambda carry: carry[0] < windows[-1], step, (jnp.int32(0), out))[1][: x.shape[0]]
+
+
+def _reference_rows(shape: Shape, x, w, scale, bias):
+    """x [rows, K] with the matrix of one expert."""
+    if scale is not None:
+        w = w.astype(jnp.float32) * jnp.repeat(scale.reshape(-1, w.shape[1]).astype(jnp.float32), shape.group, axis=0)
+    product = jnp.dot(x, w.astype(x.dtype), precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+    product = product if bias is None else product + bias.astype(jnp.float32)
+    return activate(shape.activation, *jnp.split(product, shape.halves, axis=1)).astype(x.dtype)
+
+
+def activate(activation: str | None, gate, up=None):
+    """act(gate) * up in float32, as the module says; gate itself without an activation."""
+    if activation is None:
+        return gate
+    assert up is not None
+    if activation == "silu":
+        return gate * jax.nn.sigmoid(gate) * up
+    if activation == "gelu":
+        return jax.nn.gelu(gate, approximate=True) * up
+    gate, up = jnp.minimum(gate, LIMIT), jnp.clip(up, -LIMIT, LIMIT)
+    return gate * jax.nn.sigmoid(ALPHA * gate) * (up + 1)
+
+
+def _precision(dtype):
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def check(x, w, group_sizes, scale, bias, activation) -> Shape:
+    """Static checks of all bodies. Raises ValueError that names what is wrong and what would be legal."""
+    if x.ndim != 2 or w.ndim != 4 or w.shape[2] != x.shape[1]:
+        raise ValueError(f"x {x.shape} and w {w.shape}: need [M, K] and [L, E, K, N] with the same K")
+    layers, experts, k, n = w.shape
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"x has dtype {x.dtype}: must be bfloat16 or float32")
+    if group_sizes.shape != (experts,) or group_sizes.dtype != jnp.int32:
+        raise ValueError(f"group_sizes is {group_sizes.dtype} {group_sizes.shape}: must be int32 [{experts}], a size for each expert of w")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: legal: {', '.join(map(str, ACTIVATIONS))}")
+    if activation is not None and n % 2:
+        raise ValueError(f"w has N={n} columns: must be even with an activation, half of them gate and half up")
+    if scale is None and w.dtype != x.dtype:
+        raise ValueError(f"w has dtype {w.dtype} and no scale: must be {x.dtype}, as x, or int8 or int4 with a scale")
+    if scale is not None and w.dtype not in (jnp.int8, jnp.int4):
+        raise ValueError(f"w has dtype {w.dtype} and a scale: must be int8 or int4")
+    group = 0
+    if scale is not None:
+        group = k if scale.ndim == 3 else k // max(scale.shape[2], 1) if scale.ndim == 4 else 0
+        if scale.shape not in ((layers, experts, n), (layers, experts, k // max(group, 1), n)) or not group or k % group:
+            raise ValueError(f"scale has shape {scale.shape}: must be [{layers}, {experts}, {n}] or [{layers}, {experts}, {k} / group, {n}]")
+    if bias is not None and bias.shape != (layers, experts, n):
+        raise ValueError(f"bias has shape {bias.shape}: must be [{layers}, {experts}, {n}]")
+    rows, columns = pl.cdiv(x.shape[0], ALIGN) * ALIGN, n if activation is None else n // 2
+    of = lambda array: None if array is None else jnp.dtype(array.dtype)
+    return Shape(rows, experts, k, columns, of(x), of(w), group, of(scale), of(bias), activation)
+
+
+def check_blocks(shape: Shape, blocks: Blocks) -> None:
+    """What only the kernel asks for. Raises ValueError."""
+    if shape.k % LANES or shape.n % LANES:
+        raise ValueError(f"K={shape.k}, output columns {shape.n}: the kernel needs multiples of {LANES}")
+    if shape.group not in (0, 32, 64) and shape.group % LANES:
+        raise ValueError(f"scales for groups of {shape.group} rows: the kernel takes 32, 64 and multiples of {LANES}")
+    if blocks.block_n % LANES or shape.n % blocks.block_n:
+        raise ValueError(f"block_n={blocks.block_n}: must be a multiple of {LANES} that divides the {shape.n} output columns")
+    if blocks.window < ALIGN or blocks.window & (blocks.window - 1):
+        raise ValueError(f"window={blocks.window}: must be a power of two, {ALIGN} at least")
+    if blocks.block_m % ALIGN or not ALIGN <= blocks.block_m <= shape.m:
+        raise ValueError(f"block_m={blocks.block_m}: must be a multiple of {ALIGN} from {ALIGN} to {shape.m}, the rows of x")
+    need = vmem_bytes(shape, blocks)
+    if need > 8 * VMEM:
+        raise ValueError(f"VMEM: blocks {blocks} need {need} bytes of {8 * VMEM} at most: lower block_n (weights) or block_m (rows of x)")
+
+
+def vmem_bytes(shape: Shape, blocks: Blocks) -> int:
+    """VMEM that the kernel takes, with room for the sums of a window and for weights turned to x's type."""
+    size, m, n = shape.dtype.itemsize, blocks.block_m, blocks.block_n
+    columns = shape.halves * n
+    x = m * shape.k * size * (1 if m == shape.m else 2)
+    stored = {jnp.dtype(jnp.int4): 4}.get(shape.weight, 8 * shape.weight.itemsize)
+    weights = 2 * columns * shape.k * stored // 8
+    small = 2 * columns * 4 * (ROWS + (0 if not shape.group else max(shape.k // shape.group, ROWS)))
+    unpacked = columns * shape.k * size if shape.group else 0
+    return x + weights + small + unpacked + 2 * m * n * size + 2 * blocks.window * columns * 4
+
+
+def default_blocks(shape: Shape, vmem: int = VMEM) -> Blocks:
+    """Sizes for what was not tuned: all rows of x if they take a third of `vmem` bytes at most, then as many columns as fit."""
+    mean = shape.m // shape.experts
+    window = 128 if mean <= 64 else 256
+    most = max(vmem // 3 // (shape.k * shape.dtype.itemsize), 1)
+    block_m = shape.m if shape.m <= most else max(min(1 << (most // 2).bit_length() - 1, 512), ALIGN)
+    for parts in range(1, shape.n // LANES + 1):
+        blocks = Blocks(block_m, shape.n // parts, window)
+        if shape.n % (parts * LANES) == 0 and vmem_bytes(shape, blocks) <= vmem:
+            return blocks
+    return Blocks(block_m, math.gcd(shape.n, LANES), window)
+
+
+def work_items(shape: Shape, block_m: int, layer, group_sizes):
+    """The kernel's scalars: (meta, bounds, item_group, item_block). Rows of nobody are a last group, number E, so that its zeros are
+    written. Items are the overlaps of groups with blocks of rows, in order; dense comparisons: no sort, no scatter.
+
+    meta int32 [3]: layer, items, last expert with rows   bounds int32 [E + 2]: first row of each group, and the end"""
+    experts, blocks = shape.experts, pl.cdiv(shape.m, block_m)
+    size = min(experts, shape.m) + blocks
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes, 0), dtype=jnp.int32), shape.m)
+    bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), ends, jnp.full(1, shape.m, jnp.int32)])
+    start, end = bounds[:-1], bounds[1:]
+    first = start // block_m
+    count = jnp.where(end > start, (end - 1) // block_m - first + 1, 0)
+    before = jnp.cumsum(count, dtype=jnp.int32) - count
+    total = jnp.sum(count, dtype=jnp.int32)
+    group = jnp.arange(experts + 1, dtype=jnp.int32)
+    last = jnp.max(jnp.where(end > start, group, 0)[:-1])
+    n = jnp.minimum(jnp.arange(size, dtype=jnp.int32), total - 1)[:, None]
+    hit = (n >= before) & (n < before + count)
+    pick = lambda x: jnp.sum(jnp.where(hit, x, 0), axis=1, dtype=jnp.int32)
+    return jnp.stack([jnp.asarray(layer, jnp.int32), total, last]), bounds, pick(group), pick(first - before + n)
+
+
+def _product(shape: Shape, x, w_ref, scale_ref, e):
+    """x [rows, K] with one block of weights [K, n], in float32."""
+    dot = functools.partial(jnp.dot, precision=_precision(shape.dtype), preferred_element_type=jnp.float32)
+    if not shape.group:
+        return dot(x, w_ref[0, 0])
+    if shape.group == shape.k:
+        return dot(x, w_ref[0, 0].astype(shape.dtype)) * _row_of(scale_ref, e)
+    depth, total = max(shape.group, 2 * LANES) if shape.group < LANES else shape.group, None
+    for at in range(0, shape.k, depth):
+        depth = min(depth, shape.k - at)
+        scale = lambda i, at=at: scale_ref[0, 0, (at + i) // shape.group][None].astype(jnp.float32)
+        if shape.group % LANES == 0:
+            part = dot(x[:, at : at + depth], w_ref[0, 0, at : at + depth].astype(shape.dtype)) * scale(0)
+        else:
+            rows = [
+                (w_ref[0, 0, at + i : at + i + shape.group].astype(jnp.float32) * scale(i)).astype(shape.dtype)
+                for i in range(0, depth, shape.group)
+            ]
+            part = dot(x[:, at : at + depth], jnp.concatenate(rows))
+        total = part if total is None else total + part
+    return total
+
+
+def _row_of(ref, e):
+    """Row [1, n] of expert e in a block [1, ROWS, n], by comparison: packed rows cannot be addressed."""
+    rows = ref[0].astype(jnp.float32)
+    return jnp.sum(jnp.where(lax.broadcasted_iota(jnp.int32, rows.shape, 0) == e % ROWS, rows, 0.0), axis=0, keepdims=True)
+
+
+def _kernel(meta, bounds, item_group, item_block, x_ref, *refs, shape: Shape, blocks: Blocks):
+    """One work item and block of columns. refs: for gate (and up) w, scale and bias as there are, then the output."""
+    i, out_ref = pl.program_id(1), refs[-1]
+    parts = [list(refs[h * (len(refs) // shape.halves) : (h + 1) * (len(refs) // shape.halves)]) for h in range(shape.halves)]
+    group, block = item_group[i], item_block[i]
+    low = jnp.maximum(bounds[group] - block * blocks.block_m, 0)
+    high = jnp.minimum(bounds[group + 1] - block * blocks.block_m, blocks.block_m)
+    first = low // ALIGN * ALIGN
+    live = (i < meta[1]) & (group < shape.experts)
+
+    def columns(x, half):
+        refs = list(parts[half])
+        w_ref = refs.pop(0)
+        product = _product(shape, x, w_ref, refs.pop(0) if shape.group else None, group)
+        return product + _row_of(refs.pop(0), group) if shape.bias is not None else product
+
+    def window(size, at):
+        start = pl.multiple_of(jnp.minimum(at, blocks.block_m - size), ALIGN)
+        rows = pl.ds(start, size)
+        found = activate(shape.activation, *(columns(x_ref[rows, :], half) for half in range(shape.halves)))
+        row = start + lax.broadcasted_iota(jnp.int32, found.shape, 0)
+        kept = out_ref[rows, :].astype(jnp.float32)
+        out_ref[rows, :] = jnp.where((row >= low) & (row < high), found, kept).astype(out_ref.dtype)
+
+    @pl.when((i < meta[1]) & ((i == 0) | (item_block[jnp.maximum(i - 1, 0)] != block)))
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    most = min(blocks.window, 1 << blocks.block_m.bit_length() - 1)
+    sizes = [most >> shift for shift in (0, 2, 4) if most >> shift >= ALIGN]
+    whole = (high - first) // most
+
+    @pl.when(live)
+    def _():
+        lax.fori_loop(0, whole, lambda n, _: window(most, first + n * most), None)
+        left = high - first - whole * most
+        for size, smaller in zip(sizes, [*sizes[1:], 0]):
+            pl.when((left > smaller) & (left <= size))(functools.partial(window, size, first + whole * most))
+
+
+def grouped_matmul_tpu(shape: Shape, blocks: Blocks, x, w, group_sizes, layer, scale, bias, *, interpret: Any = False):
+    """The kernel's call. See grouped_matmul; shape, blocks: checked. interpret: False or a pltpu.InterpretParams."""
+    scalars = work_items(shape, blocks.block_m, layer, group_sizes)
+    padded = jnp.pad(x, ((0, shape.m - x.shape[0]), (0, 0)))
+    expert = lambda i, meta, item_group: jnp.minimum(item_group[i], meta[2])  # rows of nobody ask for no other weights
+    tiles = shape.n // blocks.block_n
+    rows = min(ROWS, shape.experts)
+    in_specs = [
+        pl.BlockSpec(
+            (blocks.block_m, shape.k),
+            lambda n, i, meta, bounds, item_group, item_block: (item_block[i], 0),
+            pipeline_mode=pl.Buffered(1) if blocks.block_m == shape.m else None,
+        )
+    ]
+    operands = [padded]
+
+    def add(array, block, index):
+        in_specs.append(pl.BlockSpec(block, index))
+        operands.append(array)
+
+    for half in range(shape.halves):
+        at = half * tiles
+        whole = lambda n, i, meta, bounds, item_group, item_block, at=at: (meta[0], expert(i, meta, item_group), 0, at + n)
+        several = lambda n, i, meta, bounds, item_group, item_block, at=at: (meta[0], expert(i, meta, item_group) // rows, at + n)
+        add(w, (1, 1, shape.k, blocks.block_n), whole)
+        if scale is not None and scale.ndim == 4:
+            add(scale, (1, 1, scale.shape[2], blocks.block_n), whole)
+        elif scale is not None:
+            add(scale, (1, rows, blocks.block_n), several)
+        if bias is not None:
+            add(bias, (1, rows, blocks.block_n), several)
+    out = pl.pallas_call(
+        functools.partial(_kernel, shape=shape, blocks=blocks),
+        out_shape=jax.ShapeDtypeStruct((shape.m, shape.n), x.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(tiles, scalars[2].shape[0]),
+            in_specs=in_specs,
+            out_specs=pl.BlockSpec((blocks.block_m, blocks.block_n), lambda n, i, meta, bounds, item_group, item_block: (item_block[i], n)),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=max(vmem_bytes(shape, blocks) * 5 // 4, VMEM)
+        ),
+        interpret=interpret,
+        name="grouped_matmul",
+    )(*scalars, *operands)
+    return out[: x.shape[0]]
