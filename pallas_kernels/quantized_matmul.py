@@ -1,0 +1,385 @@
+"""x times quantized weights of one layer out of a stack: int8, int4 or fp8, scaled by output channel or by groups of the inner dimension.
+
+    x [M, K] bfloat16 or float32   w [L, K, N] int8, int4 or float8_e4m3fn   layer int32 scalar
+    scale float32 or bfloat16 [L, N]: w = q * scale
+                           or [L, K / group, N] with group 32, 64 or 128: w = q * scale (+ minimum, of scale's shape)
+
+The weights stay whole in HBM and the kernel picks its layer by scalar prefetch, so a scan over layers copies nothing. A block of
+weights is converted to bfloat16 on its way into the matrix unit; int8, int4 and fp8 are exact there, so scales multiply sums:
+
+  channel   the sum over all of K, once;
+  after     the sum over 128 of K, group by group. Groups smaller than 128 get copies of x ("slabs") that are zero outside of the group:
+            at few rows the matrix unit, which is loaded with 128 rows of weights anyway, has nothing else to do;
+  before    the weights themselves, which are then rounded to bfloat16: cheaper from some number of rows on.
+
+A float32 x is cut into three bfloat16 parts, slabs too, whose products add up to float32 precision ("channel" and "after").
+
+The compiler's conversion of packed integers is dear on older chips. "words" does it on the int32 words that hold 4 or 8 weights of
+consecutive rows: a nibble q masked into the mantissa of 136 is the bfloat16 136 + q, two at once, and 136 * sum(x) is taken off again. This
+leaves the rows of a tile in another order, which x is brought into beforehand (by a product with a permutation matrix).
+
+With quantize_x (weights int8, by channel) x is rounded to int8 too, each row by its largest magnitude; int8 x int8 sums in int32, and where
+the chip has no such product both are widened to bfloat16. Dettmers et al., arXiv 2208.07339, section 2 (vector-wise quantization).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+MAGIC = 136  # bfloat16 0x4308: its last 4 bits, flipped by those of a signed nibble q, make 136 + q
+GROUPS = (32, 64, 128)
+
+
+class Chip(NamedTuple):
+    """What the kernel needs to know of a chip."""
+
+    vmem: int  # bytes that the kernel may use
+    words: tuple[int, ...]  # widths of integers that are converted by words
+    int8: bool  # int8 x int8 in the matrix unit
+    bf16: bool  # bfloat16 arithmetic in the vector unit: scales weights without a float32 between
+    words_rows: int  # most rows (slabs counted) at which that is done: x must be reordered for it
+    after_rows: int  # most rows (slabs counted) at which scales multiply sums
+
+
+CHIPS = {
+    "v4": Chip(vmem=14 << 20, words=(4, 8), int8=False, bf16=False, words_rows=1 << 30, after_rows=512),
+    "v5e": Chip(vmem=64 << 20, words=(4,), int8=True, bf16=False, words_rows=96, after_rows=96),
+    "v5p": Chip(vmem=40 << 20, words=(4,), int8=True, bf16=False, words_rows=96, after_rows=96),
+    "v6e": Chip(vmem=64 << 20, words=(), int8=True, bf16=True, words_rows=0, after_rows=32),
+    "tpu7x": Chip(vmem=40 << 20, words=(), int8=False, bf16=True, words_rows=0, after_rows=32),
+}
+
+
+class Blocks(NamedTuple):
+    rows: int  # of x
+    inner: int  # of K
+    columns: int  # of N
+
+
+def quantize_rows(x):
+    """Rounds each row of x [M, K] by its largest magnitude: (int8 [M, K], float32 [M, 1]), x = q * scale."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-30) / 127.0
+    return jnp.round(x / scale).astype(jnp.int8), scale
+
+
+def quantized_matmul(
+    x, w, scale, *, layer, minimum=None, quantize_x=False, chip="v5e", blocks: tuple[int, int, int] | None = None, impl="reference"
+):
+    """x [M, K] times layer `layer` of w [L, K, N], in x's dtype, summed in float32 (quantize_x: int32). See the module for shapes.
+
+    chip: v4, v5e, v5p, v6e or tpu7x; what the kernel is compiled for. blocks: (rows, inner, columns), default_blocks by default.
+    impl: reference (plain jnp), pallas (TPU), interpret (the kernel on a CPU). A layer out of range is undefined.
+    Raises ValueError for shapes, types and blocks that cannot work."""
+    check(x, w, scale, minimum, quantize_x)
+    if impl == "reference":
+        return quantized_matmul_reference(x, w, scale, layer=layer, minimum=minimum, quantize_x=quantize_x)
+    if impl not in ("pallas", "interpret"):
+        raise ValueError(f"impl={impl!r}: legal: reference, pallas, interpret")
+    mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
+    return quantized_matmul_tpu(x, w, scale, minimum, layer, quantize_x=quantize_x, chip=chip, blocks=blocks, interpret=mode)
+
+
+def quantized_matmul_reference(x, w, scale, *, layer, minimum=None, quantize_x=False):
+    """The contract in plain jnp."""
+    pick = lambda a: lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dot = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
+    q, s = pick(w), pick(scale).astype(jnp.float32)
+    if quantize_x:
+        whole, amount = quantize_rows(x)
+        return (jnp.dot(whole, q, preferred_element_type=jnp.int32).astype(jnp.float32) * amount * s).astype(x.dtype)
+    if scale.ndim == 2:
+        return (dot(x, q.astype(x.dtype)) * s).astype(x.dtype)
+    full = q.astype(jnp.float32).reshape(s.shape[0], -1, s.shape[1]) * s[:, None]
+    if minimum is not None:
+        full = full + pick(minimum).astype(jnp.float32)[:, None]
+    return dot(x, full.reshape(q.shape).astype(x.dtype)).astype(x.dtype)
+
+
+def check(x, w, scale, minimum, quantize_x):
+    """Static checks shared by all bodies. Raises ValueError."""
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or 0 in x.shape:
+        raise ValueError(f"x {x.shape}, w {w.shape}: must be [M, K] and [L, K, N] with the same K, M at least 1")
+    layers, inner, columns = w.shape
+    for name, size in (("K", inner), ("N", columns)):
+        if size % LANES or not size:
+            raise ValueError(f"{name}={size} of w {w.shape}: must be a multiple of {LANES}")
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"x has dtype {x.dtype}: must be bfloat16 or float32")
+    if w.dtype not in (jnp.int8, jnp.int4, jnp.float8_e4m3fn):
+        raise ValueError(f"w has dtype {w.dtype}: must be int8, int4 or float8_e4m3fn")
+    grouped = [(layers, inner // group, columns) for group in GROUPS]
+    if scale.shape not in ((layers, columns), *grouped):
+        raise ValueError(f"scale {scale.shape}: must be {(layers, columns)}, or one of {grouped} for groups of {GROUPS}")
+    for name, array in (("scale", scale), ("minimum", minimum)):
+        if array is not None and array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"{name} has dtype {array.dtype}: must be float32 or bfloat16")
+    if minimum is not None and (minimum.shape != scale.shape or scale.ndim == 2):
+        raise ValueError(f"minimum {minimum.shape}: must have the shape of scale {scale.shape}, and that by groups")
+    if quantize_x and (w.dtype != jnp.int8 or scale.ndim != 2):
+        raise ValueError(f"quantize_x with w of {w.dtype} and scale {scale.shape}: needs int8 and a scale by channel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one kernel. Sizes in elements."""
+
+    blocks: Blocks
+    group: int  # of K, under one scale; 0: by channel
+    before: bool  # scales multiply weights
+    bits: int  # of a weight that is converted by words; 0: the compiler converts
+    parts: int  # bfloat16 parts of a value of x
+    bf16: bool  # weights are scaled in bfloat16
+    native: bool  # int8 x int8
+
+    @property
+    def slabs(self) -> int:
+        """Copies of x below each other: for each part, one for each group in 128 of K."""
+        return self.parts * (LANES // self.group if self.group and not self.before else 1)
+
+    @property
+    def slab_rows(self) -> int:
+        return self.blocks.rows if self.slabs == 1 else pl.cdiv(self.blocks.rows, 8) * 8
+
+    @property
+    def depth(self) -> int:
+        """Rows of weights that one product takes: a group that is summed by itself is in 128; otherwise what fills the matrix unit."""
+        return LANES if (self.group and not self.before) or self.blocks.inner % 256 else 256
+
+    @property
+    def accumulator(self):
+        return jnp.int32 if self.native else jnp.float32
+
+
+def make_plan(x, w, scale, quantize_x, chip: str, blocks: tuple[int, int, int] | None) -> Plan:
+    if chip not in CHIPS:
+        raise ValueError(f"chip={chip!r}: must be one of {', '.join(CHIPS)}")
+    about, rows, inner = CHIPS[chip], *x.shape
+    group = inner // scale.shape[1] if scale.ndim == 3 else 0
+    parts = 3 if x.dtype == jnp.float32 and not quantize_x else 1
+    slabs = parts * (LANES // group if group else 1)
+    before = bool(group) and parts == 1 and rows * slabs > about.after_rows
+    native = quantize_x and about.int8
+    bits = 4 if w.dtype == jnp.int4 else 8
+    words = w.dtype != jnp.float8_e4m3fn and bits in about.words and rows * slabs <= about.words_rows and not native and not before
+    tile = group * _tile_rows(scale)
+    chosen = Blocks(*blocks) if blocks else default_blocks(rows, inner, w.shape[2], bits, tile, 1 if before else slabs, chip)
+    return Plan(chosen, group, before, bits if words else 0, parts, about.bf16, native)
+
+
+def _tile_rows(scale) -> int:
+    """Rows of a tile of scales, which come whole."""
+    return 8 if scale.dtype == jnp.float32 else 16
+
+
+def default_blocks(rows: int, inner: int, columns: int, bits: int, tile: int, slabs: int, chip: str) -> Blocks:
+    """Blocks of 2 MB of weights for few rows, and of 512 K weights for many, since a block's program is written out; x stays in VMEM with
+    all of its K. tile: rows of weights under one tile of scales (0: scales by channel)."""
+    held = CHIPS[chip].vmem // (4 * inner * slabs)  # rows of x in half of the VMEM, if they are fetched once
+    block_rows = rows
+    if rows > min(512 // slabs, held):
+        most = max(16, min(512 // slabs, held // 2) // 16 * 16)
+        block_rows = -(-rows // pl.cdiv(rows, most) // 16) * 16
+    few = min(1 << (22 if bits == 4 else 21), 1 << (CHIPS[chip].vmem // 8).bit_length() - 1)
+    size, width = (few, 1024) if block_rows * slabs <= 128 else (1 << 19, 512)
+    unit = max(LANES, tile)
+    wide = lambda n: max(LANES, min(width, columns, size // n // LANES * LANES))
+    legal = [n for n in (*range(unit, inner, unit), inner) if inner % n == 0]
+    block_inner = max(legal, key=lambda n: (min(n * wide(n), size), wide(n)))
+    most = wide(block_inner)
+    even = [n for n in range(most, most // 2, -LANES) if columns % n == 0]
+    return Blocks(block_rows, block_inner, even[0] if even else most)
+
+
+def vmem_bytes(plan: Plan, x, w, scale, minimum) -> int:
+    """VMEM that the kernel asks for, with room for converted weights and spilled sums."""
+    rows, inner, columns = plan.blocks
+    size = 1 if plan.native else 2
+    held = (1 if rows == x.shape[0] else 2) * plan.slabs * plan.slab_rows * x.shape[1] * size
+    weights = 2 * inner * columns * (4 if w.dtype == jnp.int4 else 8) // 8
+    scales = 2 * columns * (8 if not plan.group else inner // plan.group) * scale.dtype.itemsize
+    least = 0 if minimum is None else 2 * (x.shape[1] // plan.group) * (columns * minimum.dtype.itemsize + rows * 4)
+    sums = columns * (rows * 2 * x.dtype.itemsize + 4 * plan.slab_rows + 8 * plan.slabs * plan.slab_rows)
+    spilled = inner * columns // 2 if plan.before and not plan.bf16 else 4 * plan.depth * columns
+    return held + weights + scales + least + sums + spilled + 2 * rows * LANES * 4
+
+
+def check_blocks(plan: Plan, x, w, scale, minimum, chip: str) -> int:
+    """Raises ValueError for blocks that cannot work; returns the VMEM they need."""
+    rows, inner, columns = plan.blocks
+    total_rows, total, total_columns = *x.shape, w.shape[2]
+    if rows != total_rows and (rows % 16 or not 0 < rows < total_rows):
+        raise ValueError(f"block rows={rows}: must be all {total_rows} of x, or fewer, a multiple of 16")
+    if inner <= 0 or total % inner or inner % LANES:
+        raise ValueError(f"block inner={inner}: must be a multiple of {LANES} that divides K={total}")
+    tile = plan.group * _tile_rows(scale)
+    if tile and inner != total and inner % tile:
+        raise ValueError(f"block inner={inner}: must be K={total} or a multiple of {tile}, {tile // plan.group} groups of {plan.group}")
+    if not 0 < columns <= total_columns or columns % LANES:
+        raise ValueError(f"block columns={columns}: must be a multiple of {LANES} up to N={total_columns}")
+    need, have = vmem_bytes(plan, x, w, scale, minimum), CHIPS[chip].vmem
+    if need > have:
+        raise ValueError(f"blocks {tuple(plan.blocks)} need {need} bytes of VMEM, {chip} has {have} for them: lower rows, inner or columns")
+    return need
+
+
+def _arrange(plan: Plan, x):
+    """x as the kernel wants it, [row blocks * slabs * slab_rows, K] bfloat16: in parts, in slabs, K in the order of the words."""
+    parts, rest = [], x
+    for _ in range(plan.parts - 1):
+        # Not a conversion there and back: XLA may take that for nothing.
+        parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
+        rest = rest - parts[-1]
+    parts = [part.astype(jnp.bfloat16) for part in (*parts, rest)]
+    if plan.slabs == 1:
+        return _reorder(plan, parts[0])
+    each, blocks = plan.slabs // plan.parts, pl.cdiv(x.shape[0], plan.blocks.rows)
+    number = jnp.arange(x.shape[1]) % LANES // (LANES // each)  # of the group in its 128
+    slabs = jnp.stack([jnp.where(number == j, part, 0) for part in parts for j in range(each)])
+    padded = jnp.pad(_reorder(plan, slabs), ((0, 0), (0, blocks * plan.slab_rows - x.shape[0]), (0, 0)))
+    return padded.reshape(plan.slabs, blocks, plan.slab_rows, -1).swapaxes(0, 1).reshape(-1, x.shape[1])
+
+
+def _reorder(plan: Plan, x):
+    """K of x [..., K] in the order that _convert leaves the rows of weights in."""
+    if not plan.bits:
+        return x
+    tile = np.arange(8 * 32 // plan.bits)
+    order = tile.reshape(8, 2, 4).transpose(2, 0, 1) if plan.bits == 4 else tile.reshape(8, 4).T
+    move = np.kron(np.eye(LANES // tile.size), np.eye(tile.size)[:, order.reshape(-1)])
+    moved = jnp.dot(x.reshape(-1, LANES), jnp.asarray(move, x.dtype), preferred_element_type=jnp.float32)
+    return moved.astype(x.dtype).reshape(x.shape)
+
+
+def _convert(plan: Plan, w):
+    """Weights [n, columns] as bfloat16, exactly; by words: 136 + w of int4, and rows in the order of the words."""
+    if not plan.bits:
+        return w.astype(jnp.bfloat16)
+    words = pltpu.bitcast(w, jnp.int32)
+    columns, shift = w.shape[1], lambda by: words if by == 0 else lax.shift_right_logical(words, jnp.int32(by))
+    if plan.bits == 4:
+        pairs = [(shift(4 * i) & jnp.int32(0x000F000F)) ^ jnp.int32(0x43084308) for i in range(4)]
+        pieces = [pltpu.bitcast(pair, jnp.bfloat16).reshape(-1, 16, columns) for pair in pairs]
+    else:
+        up = [words << jnp.int32(24 - 8 * i) if i < 3 else words for i in range(4)]
+        pieces = [(byte >> jnp.int32(24)).astype(jnp.float32).reshape(-1, 8, columns) for byte in up]
+    return jnp.stack(pieces, axis=1).reshape(w.shape).astype(jnp.bfloat16)
+
+
+def _scale_row(scale, i: int, kind):
+    """Row i of scale [1, groups, columns] as [1, columns], out of its tile: a row read alone takes twice the work to spread over a tile."""
+    first = i // _tile_rows(scale) * _tile_rows(scale)
+    tile = scale[0, first : min(first + _tile_rows(scale), scale.shape[1]), :]
+    return tile[i - first : i - first + 1].astype(kind)
+
+
+def _scaled(plan: Plan, w, scale, first: int):
+    """Weights [n, columns] times their rows of scales, from row `first`, as bfloat16."""
+    kind, group = jnp.bfloat16 if plan.bf16 else jnp.float32, plan.group
+    pieces = [w[i * group : (i + 1) * group].astype(kind) * _scale_row(scale, first + i, kind) for i in range(w.shape[0] // group)]
+    return jnp.concatenate(pieces, axis=0).astype(jnp.bfloat16)
+
+
+def _product(plan: Plan, x, w, scale, base):
+    """Product of x[:, base:base + inner] and the block of weights: [slab_rows, columns], scaled if by groups."""
+    after, depth, rows = plan.group and not plan.before, plan.depth, plan.slab_rows
+    dot = functools.partial(jnp.dot, preferred_element_type=plan.accumulator)
+    slab = lambda sums, i: sums[i * rows : (i + 1) * rows]
+    total: Any = 0
+    for at in range(0, plan.blocks.inner, depth):
+        left, right = x[:, pl.ds(base + at, depth)], w[0, at : at + depth, :]
+        if plan.native:
+            total += dot(left, right)
+            continue
+        sums = dot(left, _scaled(plan, right, scale, at // plan.group) if plan.before else _convert(plan, right))
+        if plan.bits == 4:
+            sums -= MAGIC * jnp.sum(left.astype(jnp.float32), axis=1, keepdims=True)
+        if after:
+            first, each = at // plan.group, plan.slabs // plan.parts
+            sums = sum(slab(sums, i) * _scale_row(scale, first + i % each, jnp.float32) for i in range(plan.slabs))
+        total += sums
+    return sum(slab(total, i) for i in range(plan.slabs)) if plan.slabs > 1 and not after else total
+
+
+def _kernel(layer, x, w, scale, *refs, plan: Plan, least: bool, by_row: bool):
+    refs = list(refs)
+    minimum, sums = (refs.pop(0), refs.pop(0)) if least else (None, None)
+    amount = refs.pop(0) if by_row else None
+    out, acc = refs
+    k = pl.program_id(2)
+
+    @pl.when(k == 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+
+    acc[...] += _product(plan, x, w, scale, pl.multiple_of(k * plan.blocks.inner, LANES))
+
+    @pl.when(k == pl.num_programs(2) - 1)
+    def _():
+        y = acc[...].astype(jnp.float32)[: out.shape[0]]
+        if not plan.group:
+            y *= scale[pl.ds(layer[0] % scale.shape[0], 1), :].astype(jnp.float32)
+        if minimum is not None and sums is not None:
+            y += jnp.dot(sums[...], minimum[0].astype(jnp.float32), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        out[...] = (y if amount is None else y * amount[...]).astype(out.dtype)
+
+
+def quantized_matmul_tpu(x, w, scale, minimum, layer, *, quantize_x, chip, blocks, interpret):
+    """The TPU kernel; arguments as in quantized_matmul, interpret False or a pltpu.InterpretParams."""
+    check(x, w, scale, minimum, quantize_x)
+    plan = make_plan(x, w, scale, quantize_x, chip, blocks)
+    need = check_blocks(plan, x, w, scale, minimum, chip)
+    (rows, inner), (layers, _, columns) = x.shape, w.shape
+    block = plan.blocks
+    left, amount = quantize_rows(x) if quantize_x else (x, None)
+    left = left if plan.native else _arrange(plan, left.astype(jnp.bfloat16) if quantize_x else left)
+    extra, specs = [], []
+    by_group = lambda n: pl.BlockSpec((1, n, block.columns), lambda m, n, k, layer: (layer[0], k, n))
+    if minimum is not None:
+        groups = inner // plan.group
+        extra += [minimum, x.astype(jnp.float32).reshape(rows, groups, plan.group).sum(axis=2)]
+        specs += [pl.BlockSpec((1, groups, block.columns), lambda m, n, k, layer: (layer[0], 0, n))]
+        specs += [pl.BlockSpec((block.rows, groups), lambda m, n, k, layer: (m, 0))]
+    if amount is not None:
+        extra, specs = [amount], [pl.BlockSpec((block.rows, 1), lambda m, n, k, layer: (m, 0))]
+    tile = min(_tile_rows(scale), layers)  # a row of [L, N] comes with those of its tile
+    row_spec = pl.BlockSpec((tile, block.columns), lambda m, n, k, layer: (layer[0] // tile, n))
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(pl.cdiv(rows, block.rows), pl.cdiv(columns, block.columns), inner // block.inner),
+        in_specs=[
+            pl.BlockSpec((plan.slabs * plan.slab_rows, inner), lambda m, n, k, layer: (m, 0)),
+            by_group(block.inner),
+            by_group(block.inner // plan.group) if plan.group else row_spec,
+            *specs,
+        ],
+        out_specs=pl.BlockSpec((block.rows, block.columns), lambda m, n, k, layer: (m, n)),
+        scratch_shapes=[pltpu.VMEM((plan.slab_rows, block.columns), plan.accumulator)],
+    )
+    cost = pl.CostEstimate(
+        flops=2 * rows * inner * columns,
+        bytes_accessed=w.size // layers * (4 if w.dtype == jnp.int4 else 8) // 8 + rows * (inner + columns) * x.dtype.itemsize,
+        transcendentals=0,
+    )
+    return pl.pallas_call(
+        functools.partial(_kernel, plan=plan, least=minimum is not None, by_row=quantize_x),
+        out_shape=jax.ShapeDtypeStruct((rows, columns), x.dtype),
+        grid_spec=grid_spec,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=min(max(need, 14 << 20), CHIPS[chip].vmem)
+        ),
+        cost_estimate=cost,
+        interpret=interpret,
+        name="quantized_matmul",
+    )(jnp.asarray(layer, jnp.int32).reshape(1), left, w, scale, *extra)

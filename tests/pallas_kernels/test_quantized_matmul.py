@@ -1,0 +1,228 @@
+"""Products with quantized weights against float64 NumPy (kernel interpreted, and the reference), and compiled for real TPU targets."""
+
+import functools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.quantized_matmul import CHIPS, make_plan, quantize_rows, quantized_matmul
+
+# libtpu as a compiler on a machine without a TPU
+AOT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
+f32, bf16, i8, i4, f8 = jnp.float32, jnp.bfloat16, jnp.int8, jnp.int4, jnp.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Case:
+    weights: type
+    chip: str
+    group: int = 0
+    minimum: bool = False
+    quantize_x: bool = False
+    x: type = bf16
+    rows: int = 5
+    inner: int = 256
+    columns: int = 384
+    layers: int = 2
+    scales: type = f32
+    blocks: tuple[int, int, int] | None = None
+    words: bool = False  # whether this is a case of weights converted by words, and of scales on weights: that what is meant is tested
+    before: bool = False
+
+
+CASES = [
+    Case(i8, "v6e"),
+    Case(i8, "v4", words=True, rows=1),
+    Case(i8, "v5e", x=f32, rows=8, layers=11),  # a scale row beyond the first tile of them
+    Case(i8, "v4", words=True, x=f32, rows=37, inner=512, columns=640, layers=11, scales=bf16, blocks=(16, 256, 256)),
+    Case(i8, "v4", words=True, group=32, minimum=True),
+    Case(i8, "v5e", group=64, x=f32, minimum=True, scales=bf16),
+    Case(i4, "v6e"),
+    Case(i4, "v5e", words=True),
+    Case(i4, "v5p", words=True, x=f32, rows=3),
+    Case(i4, "v5e", words=True, group=128, rows=17, inner=384),  # a depth that is not a multiple of 256
+    Case(i4, "v5e", words=True, group=32, minimum=True, inner=512, columns=256, blocks=(5, 256, 128)),
+    Case(i4, "v4", words=True, group=64, x=f32, rows=20, minimum=True, blocks=(16, 256, 384)),
+    Case(i4, "tpu7x", group=32, scales=bf16),
+    Case(i4, "v5e", group=32, rows=40, before=True, minimum=True),
+    Case(i4, "v6e", group=128, rows=49, inner=2048, blocks=(32, 1024, 128), before=True),
+    Case(i8, "v6e", group=64, rows=41, columns=128, before=True),
+    Case(f8, "tpu7x"),
+    Case(f8, "v6e", x=f32),
+    Case(i8, "v6e", quantize_x=True, rows=33, inner=512, layers=9, blocks=(16, 256, 256)),
+    Case(i8, "v5e", quantize_x=True, x=f32),
+    Case(i8, "v4", quantize_x=True, x=f32, words=True),
+]
+
+
+def build(case: Case, seed: int):
+    """(x, w, scale, minimum or None): layers other than the last hold large values, so that a wrong layer shows."""
+    rng = np.random.default_rng(seed)
+    shape = (case.layers, case.inner, case.columns)
+    if case.weights == f8:
+        w = jnp.asarray(rng.standard_normal(shape) * 30, f8)
+    else:
+        most = 1 << (3 if case.weights == i4 else 7)
+        w = jnp.asarray(rng.integers(-most, most, shape), jnp.int32).astype(case.weights)
+    per = (case.layers, case.inner // case.group, case.columns) if case.group else (case.layers, case.columns)
+    large = np.where(np.arange(case.layers) == case.layers - 1, 1, 50).reshape(-1, *[1] * (len(per) - 1))
+    scale = jnp.asarray(rng.uniform(0.2, 2, per) * large, case.scales)
+    minimum = jnp.asarray(rng.standard_normal(per) * 3 * large, case.scales) if case.minimum else None
+    return jnp.asarray(rng.standard_normal((case.rows, case.inner)) + 0.5, case.x), w, scale, minimum
+
+
+def oracle(case: Case, x, w, scale, minimum):
+    """float64, of the last layer."""
+    wide = lambda array: np.asarray(array.astype(f32), np.float64)
+    full, s, x = wide(w[-1]), wide(scale[-1]), np.asarray(x.astype(f32))
+    if case.quantize_x:
+        step = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
+        x = np.round(x / step).astype(np.float64) * step
+    if case.group:
+        s = s.repeat(case.group, axis=0)
+        full = full * s + (0 if minimum is None else wide(minimum[-1]).repeat(case.group, axis=0))
+    else:
+        full = full * s
+    return x.astype(np.float64) @ full
+
+
+@pytest.mark.parametrize("impl", ["interpret", "reference"])
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c.weights.__name__}-{c.group}-{c.x.__name__}-{c.chip}-{c.rows}x{c.inner}x{c.columns}"
+)
+def test_matches_oracle(case, impl):
+    x, w, scale, minimum = build(case, seed=CASES.index(case))
+    plan = make_plan(x, w, scale, case.quantize_x, case.chip, case.blocks)
+    assert (bool(plan.bits), plan.before) == (case.words, case.before)
+    call = functools.partial(quantized_matmul, minimum=minimum, quantize_x=case.quantize_x, chip=case.chip, blocks=case.blocks, impl=impl)
+    found = jax.jit(lambda x, w, scale, layer: call(x, w, scale, layer=layer))(x, w, scale, jnp.int32(case.layers - 1))
+    assert found.dtype == case.x and found.shape == (case.rows, case.columns)
+    want = oracle(case, x, w, scale, minimum)
+    error = np.abs(np.asarray(found.astype(f32), np.float64) - want).max() / np.abs(want).max()
+    assert error <= BOUND[case.x]
+
+
+def test_quantize_rows():
+    x = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32) * [[1e-3], [1], [1e4], [0]]
+    q, scale = map(np.asarray, quantize_rows(jnp.asarray(x, f32)))
+    assert q.dtype == np.int8 and scale.shape == (4, 1) and np.abs(q).max(axis=1).tolist() == [127, 127, 127, 0]
+    assert (np.abs(q * scale - x) <= scale * 0.5001).all()
+
+
+LEGAL = Case(i4, "v5e", group=32, inner=1024, rows=40)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(columns=200), "N=200"),
+        (dict(inner=192), "K=192"),
+        (dict(x=jnp.float16), "x has dtype float16"),
+        (dict(weights=jnp.int16), "w has dtype int16"),
+        (dict(group=16), "for groups of"),
+        (dict(scales=jnp.float16), "scale has dtype float16"),
+        (dict(group=0, minimum=True), "minimum"),
+        (dict(quantize_x=True), "needs int8 and a scale by channel"),
+        (dict(chip="v3"), "must be one of v4, v5e"),
+        (dict(blocks=(24, 1024, 128)), "block rows=24"),
+        (dict(blocks=(40, 768, 128)), "inner=768.*divides K=1024"),
+        (dict(blocks=(40, 128, 128)), "inner=128.*multiple of 256"),
+        (dict(blocks=(40, 1024, 512)), "columns=512.*up to N=384"),
+        (dict(inner=1 << 15, columns=2048, blocks=(40, 1 << 15, 2048)), "VMEM.*lower rows, inner or columns"),
+    ],
+)
+def test_refuses(change, message):
+    case = replace(LEGAL, **change)
+    shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype)
+    per = (2, case.inner // case.group, case.columns) if case.group else (2, case.columns)
+    x, w, scale = shape((case.rows, case.inner), case.x), shape((2, case.inner, case.columns), case.weights), shape(per, case.scales)
+    static: Any = dict(quantize_x=case.quantize_x, chip=case.chip, blocks=case.blocks, impl="interpret")
+    call = lambda x, w, scale, *least: quantized_matmul(x, w, scale, layer=0, minimum=least[0] if least else None, **static)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(call, x, w, scale, *([scale] if case.minimum else []))
+
+
+KINDS = [(i8, 0, 8, bf16), (i4, 128, 8, bf16), (i4, 32, 70, f32), (i8, 0, 2048, bf16), (i4, 128, 2048, bf16)]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_default_blocks_are_legal(chip):
+    """Sizes of models from 1B to 405B: the kernel's checks pass, and blocks are large enough for a transfer."""
+    sizes = (2048, 2560, 4096, 5120, 9728, 11008, 14336, 28672, 53248)
+    shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype)
+    for inner, columns in zip(sizes, (*sizes[1:], 128256), strict=True):
+        for weights, group, rows, dtype in KINDS:
+            if dtype == f32 and inner > 14336:
+                continue  # its twelve slabs of x do not fit a v4
+            scale = shape((2, inner // group, columns) if group else (2, columns), f32)
+            args = shape((rows, inner), dtype), shape((2, inner, columns), weights), scale
+            out = jax.eval_shape(functools.partial(quantized_matmul, layer=0, chip=chip, impl="interpret"), *args)
+            blocks = make_plan(*args, False, chip, None).blocks
+            assert out.shape == (rows, columns) and blocks.inner * blocks.columns >= 1 << 17, blocks
+
+
+COMPILE = """
+import functools, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pallas_kernels.quantized_matmul import quantized_matmul
+
+topology, chip, layers, k, n = *sys.argv[1:3], 4, 4096, 6144
+devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+mesh = Mesh(np.array(devices[:1]), ("x",))
+shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+def scanned(call, x, w, scale):
+    step = lambda x, layer: (call(x, w, scale, layer=layer)[:, :k], None)
+    return jax.lax.scan(step, x, jnp.arange(layers))[0]
+
+def compile(rows, dtype, group=0, x=jnp.bfloat16, minimum=False, **how):
+    scale = shape(jnp.float32, layers, k // group, n) if group else shape(jnp.float32, layers, n)
+    least = dict(minimum=jnp.ones(scale.shape, jnp.float32)) if minimum else {}
+    call = functools.partial(quantized_matmul, chip=chip, impl="pallas", **how, **least)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(functools.partial(scanned, call)).lower(shape(x, rows, k), shape(dtype, layers, k, n), scale)
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < k * n // 8 + 6 * rows * (k + n), (rows, dtype, group, temporary)
+
+i8, i4 = jnp.int8, jnp.int4
+compile(8, i8)
+compile(300, i8)
+compile(7, i4, group=32)
+compile(100, i4, group=128)
+compile(8, i8, quantize_x=True)
+compile(5, i4, group=64, x=jnp.float32)
+if chip in ("v5e", "v6e"):
+    compile(520, i4, group=64)
+    compile(8, i4, group=32, minimum=True)
+    compile(8, jnp.float8_e4m3fn)
+"""
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    ("topology", "chip"), [("v4:2x2x1", "v4"), ("v5e:2x2", "v5e"), ("v5p:2x2x1", "v5p"), ("v6e:2x2", "v6e"), ("tpu7x:2x2x1", "tpu7x")]
+)
+def test_compiles_for_tpu(topology, chip):
+    """Under a scan over layers: no temporary as large as an eighth of one layer's weights, so nothing is copied or converted outside."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", COMPILE, topology, chip]
+    run = subprocess.run(command, env={**os.environ, **AOT, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
