@@ -1,7 +1,7 @@
 """x times quantized weights of one layer out of a stack: int8, int4 or fp8, scaled by output channel or by groups of the inner dimension.
 
     x [M, K] bfloat16 or float32   w [L, K, N] int8, int4 or float8_e4m3fn   layer int32 scalar
-    scale float32 or bfloat16 [L, N]: w = q * scale
+    scale float32 or bfloat16 [L, N] or [L, 1, N]: w = q * scale (of [L, N] the kernel must fetch a tile, 8 or 16 layers, at a time)
                            or [L, K / group, N] with group 32, 64 or 128: w = q * scale (+ minimum, of scale's shape)
 
 The weights stay whole in HBM and the kernel picks its layer by scalar prefetch, so a scan over layers copies nothing. A block of
@@ -14,9 +14,10 @@ weights is converted to bfloat16 on its way into the matrix unit; int8, int4 and
 
 A float32 x is cut into three bfloat16 parts, slabs too, whose products add up to float32 precision ("channel" and "after").
 
-The compiler's conversion of packed integers is dear on older chips. "words" does it on the int32 words that hold 4 or 8 weights of
-consecutive rows: a nibble q masked into the mantissa of 136 is the bfloat16 136 + q, two at once, and 136 * sum(x) is taken off again. This
-leaves the rows of a tile in another order, which x is brought into beforehand (by a product with a permutation matrix).
+The compiler's conversion is dear for some types on some chips. "words" does it on the int32 words that hold 4 or 8 weights of consecutive
+rows. A nibble q masked into the mantissa of 136 is the bfloat16 136 + q, two at once, and 136 * sum(x) is taken off again. The bits of an
+fp8, moved apart, are the bfloat16 w * 2**-120 (0 where |w| < 2**-6, of at most 448), and x and the sum are multiplied by 2**60 each. This leaves
+the rows of a tile in another order, which x is brought into beforehand (by a product with a permutation matrix).
 
 With quantize_x (weights int8, by channel) x is rounded to int8 too, each row by its largest magnitude; int8 x int8 sums in int32, and where
 the chip has no such product both are widened to bfloat16. Dettmers et al., arXiv 2208.07339, section 2 (vector-wise quantization).
@@ -44,19 +45,20 @@ class Chip(NamedTuple):
     """What the kernel needs to know of a chip."""
 
     vmem: int  # bytes that the kernel may use
-    words: tuple[int, ...]  # widths of integers that are converted by words
+    words: dict[str, int]  # types of weights that are converted by words, up to so many rows (slabs counted): x must be reordered for it
     int8: bool  # int8 x int8 in the matrix unit
     bf16: bool  # bfloat16 arithmetic in the vector unit: scales weights without a float32 between
-    words_rows: int  # most rows (slabs counted) at which that is done: x must be reordered for it
     after_rows: int  # most rows (slabs counted) at which scales multiply sums
 
 
+ANY = 1 << 30
+FP8 = "float8_e4m3fn"
 CHIPS = {
-    "v4": Chip(vmem=14 << 20, words=(4, 8), int8=False, bf16=False, words_rows=1 << 30, after_rows=512),
-    "v5e": Chip(vmem=64 << 20, words=(4,), int8=True, bf16=False, words_rows=96, after_rows=96),
-    "v5p": Chip(vmem=40 << 20, words=(4,), int8=True, bf16=False, words_rows=96, after_rows=96),
-    "v6e": Chip(vmem=64 << 20, words=(), int8=True, bf16=True, words_rows=0, after_rows=32),
-    "tpu7x": Chip(vmem=40 << 20, words=(), int8=False, bf16=True, words_rows=0, after_rows=32),
+    "v4": Chip(14 << 20, {"int4": ANY, "int8": ANY, FP8: ANY}, int8=False, bf16=False, after_rows=512),
+    "v5e": Chip(64 << 20, {"int4": 96, FP8: ANY}, int8=True, bf16=False, after_rows=96),
+    "v5p": Chip(40 << 20, {"int4": 96, FP8: ANY}, int8=True, bf16=False, after_rows=96),
+    "v6e": Chip(64 << 20, {FP8: ANY}, int8=True, bf16=True, after_rows=32),
+    "tpu7x": Chip(40 << 20, {}, int8=False, bf16=True, after_rows=32),
 }
 
 
@@ -99,7 +101,7 @@ def quantized_matmul_reference(x, w, scale, *, layer, minimum=None, quantize_x=F
     if quantize_x:
         whole, amount = quantize_rows(x)
         return (jnp.dot(whole, q, preferred_element_type=jnp.int32).astype(jnp.float32) * amount * s).astype(x.dtype)
-    if scale.ndim == 2:
+    if not by_group(scale):
         return (dot(x, q.astype(x.dtype)) * s).astype(x.dtype)
     full = q.astype(jnp.float32).reshape(s.shape[0], -1, s.shape[1]) * s[:, None]
     if minimum is not None:
@@ -120,14 +122,16 @@ def check(x, w, scale, minimum, quantize_x):
     if w.dtype not in (jnp.int8, jnp.int4, jnp.float8_e4m3fn):
         raise ValueError(f"w has dtype {w.dtype}: must be int8, int4 or float8_e4m3fn")
     grouped = [(layers, inner // group, columns) for group in GROUPS]
-    if scale.shape not in ((layers, columns), *grouped):
-        raise ValueError(f"scale {scale.shape}: must be {(layers, columns)}, or one of {grouped} for groups of {GROUPS}")
+    if scale.shape not in ((layers, columns), (layers, 1, columns), *grouped):
+        raise ValueError(
+            f"scale {scale.shape}: must be {(layers, columns)}, {(layers, 1, columns)} or, for groups of {GROUPS}, of {grouped}"
+        )
     for name, array in (("scale", scale), ("minimum", minimum)):
         if array is not None and array.dtype not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"{name} has dtype {array.dtype}: must be float32 or bfloat16")
-    if minimum is not None and (minimum.shape != scale.shape or scale.ndim == 2):
+    if minimum is not None and (minimum.shape != scale.shape or not by_group(scale)):
         raise ValueError(f"minimum {minimum.shape}: must have the shape of scale {scale.shape}, and that by groups")
-    if quantize_x and (w.dtype != jnp.int8 or scale.ndim != 2):
+    if quantize_x and (w.dtype != jnp.int8 or by_group(scale)):
         raise ValueError(f"quantize_x with w of {w.dtype} and scale {scale.shape}: needs int8 and a scale by channel")
 
 
@@ -138,7 +142,7 @@ class Plan:
     blocks: Blocks
     group: int  # of K, under one scale; 0: by channel
     before: bool  # scales multiply weights
-    bits: int  # of a weight that is converted by words; 0: the compiler converts
+    words: str  # type of the weights, if they are converted by words
     parts: int  # bfloat16 parts of a value of x
     bf16: bool  # weights are scaled in bfloat16
     native: bool  # int8 x int8
@@ -166,16 +170,21 @@ def make_plan(x, w, scale, quantize_x, chip: str, blocks: tuple[int, int, int] |
     if chip not in CHIPS:
         raise ValueError(f"chip={chip!r}: must be one of {', '.join(CHIPS)}")
     about, rows, inner = CHIPS[chip], *x.shape
-    group = inner // scale.shape[1] if scale.ndim == 3 else 0
+    group = inner // scale.shape[1] if by_group(scale) else 0
     parts = 3 if x.dtype == jnp.float32 and not quantize_x else 1
     slabs = parts * (LANES // group if group else 1)
     before = bool(group) and parts == 1 and rows * slabs > about.after_rows
     native = quantize_x and about.int8
     bits = 4 if w.dtype == jnp.int4 else 8
-    words = w.dtype != jnp.float8_e4m3fn and bits in about.words and rows * slabs <= about.words_rows and not native and not before
+    words = not native and not before and rows * slabs <= about.words.get(w.dtype.name, 0)
+    words = words and not (w.dtype.name == FP8 and parts > 1)  # subnormal weights would count as 0: no matter to bfloat16 only
     tile = group * _tile_rows(scale)
     chosen = Blocks(*blocks) if blocks else default_blocks(rows, inner, w.shape[2], bits, tile, 1 if before else slabs, chip)
-    return Plan(chosen, group, before, bits if words else 0, parts, about.bf16, native)
+    return Plan(chosen, group, before, w.dtype.name if words else "", parts, about.bf16, native)
+
+
+def by_group(scale) -> bool:
+    return scale.ndim == 3 and scale.shape[1] > 1
 
 
 def _tile_rows(scale) -> int:
@@ -241,7 +250,7 @@ def _arrange(plan: Plan, x):
         # Not a conversion there and back: XLA may take that for nothing.
         parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
         rest = rest - parts[-1]
-    parts = [part.astype(jnp.bfloat16) for part in (*parts, rest)]
+    parts = [part.astype(jnp.bfloat16) * (2.0**60 if plan.words == FP8 else 1) for part in (*parts, rest)]
     if plan.slabs == 1:
         return _reorder(plan, parts[0])
     each, blocks = plan.slabs // plan.parts, pl.cdiv(x.shape[0], plan.blocks.rows)
@@ -253,24 +262,29 @@ def _arrange(plan: Plan, x):
 
 def _reorder(plan: Plan, x):
     """K of x [..., K] in the order that _convert leaves the rows of weights in."""
-    if not plan.bits:
+    if not plan.words:
         return x
-    tile = np.arange(8 * 32 // plan.bits)
-    order = tile.reshape(8, 2, 4).transpose(2, 0, 1) if plan.bits == 4 else tile.reshape(8, 4).T
+    tile = np.arange(64 if plan.words == "int4" else 32)
+    order = tile.reshape(8, 4).T if plan.words == "int8" else tile.reshape(8, 2, -1).transpose(2, 0, 1)
     move = np.kron(np.eye(LANES // tile.size), np.eye(tile.size)[:, order.reshape(-1)])
     moved = jnp.dot(x.reshape(-1, LANES), jnp.asarray(move, x.dtype), preferred_element_type=jnp.float32)
     return moved.astype(x.dtype).reshape(x.shape)
 
 
 def _convert(plan: Plan, w):
-    """Weights [n, columns] as bfloat16, exactly; by words: 136 + w of int4, and rows in the order of the words."""
-    if not plan.bits:
+    """Weights [n, columns] as bfloat16, exactly; by words: 136 + w of int4, w * 2**-120 of fp8, and rows in the order of the words."""
+    if not plan.words:
         return w.astype(jnp.bfloat16)
     words = pltpu.bitcast(w, jnp.int32)
-    columns, shift = w.shape[1], lambda by: words if by == 0 else lax.shift_right_logical(words, jnp.int32(by))
-    if plan.bits == 4:
-        pairs = [(shift(4 * i) & jnp.int32(0x000F000F)) ^ jnp.int32(0x43084308) for i in range(4)]
-        pieces = [pltpu.bitcast(pair, jnp.bfloat16).reshape(-1, 16, columns) for pair in pairs]
+    columns, right = w.shape[1], lambda array, by: lax.shift_right_logical(array, jnp.int32(by)) if by else array
+    pairs = lambda found: [pltpu.bitcast(pair, jnp.bfloat16).reshape(-1, 16, columns) for pair in found]
+    if plan.words == "int4":
+        pieces = pairs([(right(words, 4 * i) & jnp.int32(0x000F000F)) ^ jnp.int32(0x43084308) for i in range(4)])
+    elif plan.words == FP8:
+        sign, rest = jnp.int32(0x00800080), jnp.int32(0x007F007F)
+        low = ((words & sign) << jnp.int32(8)) | ((words & rest) << jnp.int32(4))
+        high = (words & jnp.int32(-0x7FFF8000)) | right(words & (rest << jnp.int32(8)), 4)
+        pieces = pairs([low, high])
     else:
         up = [words << jnp.int32(24 - 8 * i) if i < 3 else words for i in range(4)]
         pieces = [(byte >> jnp.int32(24)).astype(jnp.float32).reshape(-1, 8, columns) for byte in up]
@@ -303,7 +317,7 @@ def _product(plan: Plan, x, w, scale, base):
             total += dot(left, right)
             continue
         sums = dot(left, _scaled(plan, right, scale, at // plan.group) if plan.before else _convert(plan, right))
-        if plan.bits == 4:
+        if plan.words == "int4":
             sums -= MAGIC * jnp.sum(left.astype(jnp.float32), axis=1, keepdims=True)
         if after:
             first, each = at // plan.group, plan.slabs // plan.parts
@@ -328,8 +342,11 @@ def _kernel(layer, x, w, scale, *refs, plan: Plan, least: bool, by_row: bool):
     @pl.when(k == pl.num_programs(2) - 1)
     def _():
         y = acc[...].astype(jnp.float32)[: out.shape[0]]
+        if plan.words == FP8:
+            y *= 2.0**60  # the other half of 2**120 is in x: the whole would leave the range of a float32
         if not plan.group:
-            y *= scale[pl.ds(layer[0] % scale.shape[0], 1), :].astype(jnp.float32)
+            row = scale[pl.ds(layer[0] % scale.shape[0], 1), :] if len(scale.shape) == 2 else scale[0]
+            y *= row.astype(jnp.float32)
         if minimum is not None and sums is not None:
             y += jnp.dot(sums[...], minimum[0].astype(jnp.float32), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
         out[...] = (y if amount is None else y * amount[...]).astype(out.dtype)
@@ -345,7 +362,7 @@ def quantized_matmul_tpu(x, w, scale, minimum, layer, *, quantize_x, chip, block
     left, amount = quantize_rows(x) if quantize_x else (x, None)
     left = left if plan.native else _arrange(plan, left.astype(jnp.bfloat16) if quantize_x else left)
     extra, specs = [], []
-    by_group = lambda n: pl.BlockSpec((1, n, block.columns), lambda m, n, k, layer: (layer[0], k, n))
+    of_layer = lambda n: pl.BlockSpec((1, n, block.columns), lambda m, n, k, layer: (layer[0], k, n))
     if minimum is not None:
         groups = inner // plan.group
         extra += [minimum, x.astype(jnp.float32).reshape(rows, groups, plan.group).sum(axis=2)]
@@ -355,13 +372,15 @@ def quantized_matmul_tpu(x, w, scale, minimum, layer, *, quantize_x, chip, block
         extra, specs = [amount], [pl.BlockSpec((block.rows, 1), lambda m, n, k, layer: (m, 0))]
     tile = min(_tile_rows(scale), layers)  # a row of [L, N] comes with those of its tile
     row_spec = pl.BlockSpec((tile, block.columns), lambda m, n, k, layer: (layer[0] // tile, n))
+    if scale.ndim == 3:
+        row_spec = pl.BlockSpec((1, 1, block.columns), lambda m, n, k, layer: (layer[0], 0, n))
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(pl.cdiv(rows, block.rows), pl.cdiv(columns, block.columns), inner // block.inner),
         in_specs=[
             pl.BlockSpec((plan.slabs * plan.slab_rows, inner), lambda m, n, k, layer: (m, 0)),
-            by_group(block.inner),
-            by_group(block.inner // plan.group) if plan.group else row_spec,
+            of_layer(block.inner),
+            of_layer(block.inner // plan.group) if plan.group else row_spec,
             *specs,
         ],
         out_specs=pl.BlockSpec((block.rows, block.columns), lambda m, n, k, layer: (m, n)),
