@@ -16,8 +16,8 @@ A float32 x is cut into three bfloat16 parts, slabs too, whose products add up t
 
 The compiler's conversion is dear for some types on some chips. "words" does it on the int32 words that hold 4 or 8 weights of consecutive
 rows. A nibble q masked into the mantissa of 136 is the bfloat16 136 + q, two at once, and 136 * sum(x) is taken off again. The bits of an
-fp8, moved apart, are the bfloat16 w * 2**-120 (0 where |w| < 2**-6, of at most 448), and x and the sum are multiplied by 2**60 each. This leaves
-the rows of a tile in another order, which x is brought into beforehand (by a product with a permutation matrix).
+fp8, moved apart, are the bfloat16 w * 2**-120 (where |w| < 2**-6, of at most 448, it may count as 0); x and the sum are multiplied by 2**60
+each. All this leaves the rows of a tile in another order, which x is brought into beforehand, by a product with a permutation matrix.
 
 With quantize_x (weights int8, by channel) x is rounded to int8 too, each row by its largest magnitude; int8 x int8 sums in int32, and where
 the chip has no such product both are widened to bfloat16. Dettmers et al., arXiv 2208.07339, section 2 (vector-wise quantization).
@@ -76,11 +76,21 @@ def quantize_rows(x):
 
 
 def quantized_matmul(
-    x, w, scale, *, layer, minimum=None, quantize_x=False, chip="v5e", blocks: tuple[int, int, int] | None = None, impl="reference"
+    x,
+    w,
+    scale,
+    *,
+    layer,
+    minimum=None,
+    quantize_x=False,
+    chip: str | None = None,
+    blocks: tuple[int, int, int] | None = None,
+    impl="reference",
 ):
     """x [M, K] times layer `layer` of w [L, K, N], in x's dtype, summed in float32 (quantize_x: int32). See the module for shapes.
 
-    chip: v4, v5e, v5p, v6e or tpu7x; what the kernel is compiled for. blocks: (rows, inner, columns), default_blocks by default.
+    chip: v4, v5e, v5p, v6e or tpu7x, for which the kernel is compiled (the reference needs none).
+    blocks: (rows, inner, columns) of the kernel, default_blocks by default.
     impl: reference (plain jnp), pallas (TPU), interpret (the kernel on a CPU). A layer out of range is undefined.
     Raises ValueError for shapes, types and blocks that cannot work."""
     check(x, w, scale, minimum, quantize_x)
@@ -166,7 +176,7 @@ class Plan:
         return jnp.int32 if self.native else jnp.float32
 
 
-def make_plan(x, w, scale, quantize_x, chip: str, blocks: tuple[int, int, int] | None) -> Plan:
+def make_plan(x, w, scale, quantize_x, chip: str | None, blocks: tuple[int, int, int] | None) -> Plan:
     if chip not in CHIPS:
         raise ValueError(f"chip={chip!r}: must be one of {', '.join(CHIPS)}")
     about, rows, inner = CHIPS[chip], *x.shape

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantized_matmul import CHIPS, make_plan, quantize_rows, quantized_matmul
+from pallas_kernels.quantized_matmul import CHIPS, check_blocks, make_plan, quantize_rows, quantized_matmul
 
 # libtpu as a compiler on a machine without a TPU
 AOT = {
@@ -175,9 +175,9 @@ def test_default_blocks_are_legal(chip):
                 continue  # its twelve slabs of x do not fit a v4
             scale = shape((2, inner // group, columns) if group else (2, columns), f32)
             args = shape((rows, inner), dtype), shape((2, inner, columns), weights), scale
-            out = jax.eval_shape(functools.partial(quantized_matmul, layer=0, chip=chip, impl="interpret"), *args)
-            blocks = make_plan(*args, False, chip, None).blocks
-            assert out.shape == (rows, columns) and blocks.inner * blocks.columns >= 1 << 17, blocks
+            plan = make_plan(*args, False, chip, None)
+            assert 0 < check_blocks(plan, *args, None, chip) <= CHIPS[chip].vmem
+            assert plan.blocks.inner * plan.blocks.columns >= 1 << 17, plan
 
 
 COMPILE = """
