@@ -7,9 +7,11 @@ import math
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-DECODE_KEYS, PREFILL_KEYS = 1024, 1024  # keys a block, before VMEM bounds it
-BLOCK_BYTES = 4 << 20  # of one of the two key-value buffers
-TILE_ROWS = 2048  # rows (tokens x query heads) of one query tile
+BLOCK_KEYS = 1024  # keys of one block, before VMEM bounds it
+BLOCK_BYTES = 4 << 20  # of one of the two key-value buffers, for decode
+PIECE_KEYS = 512  # keys that a tile looks at in one go
+TILE_TOKENS, TILE_ROWS = 256, 1024  # of a query tile: tokens, and tokens times query heads of one key-value head
+CHUNK_ROWS = 4096  # of all key-value heads in one step
 TABLE_ENTRIES = 240 << 10  # of the page table: scalar memory holds 1 MiB on every TPU so far
 LANES = 128
 
@@ -18,7 +20,8 @@ LANES = 128
 class Plan:
     """Everything static about one kernel. Sizes in elements."""
 
-    heads: int  # key-value heads
+    heads: int  # key-value heads of one step
+    chunks: int  # steps that share the heads: of one work item each its own part
     group: int  # query heads of one key-value head
     head_dim: int
     page: int
@@ -27,17 +30,32 @@ class Plan:
     tile: int  # tokens of a query tile; 1 = decode
     rows: int  # rows of a query tile and key-value head: (group, token) flattened, or the group padded, for decode
     align: int  # rows of a window written to the cache
+    write_rows: int  # rows of one write: a part of a window
     softcap: float | None
     compute: jnp.dtype  # of the operands of the matrix products
     sinks: int = 0  # first positions that are seen also beyond the window
+
+    @property
+    def decode(self) -> bool:
+        return self.tile == 1
 
     @property
     def block(self) -> int:
         return self.block_pages * self.page
 
     @property
+    def piece(self) -> int:
+        """Keys that a tile looks at in one go."""
+        return max(n for n in range(16, min(PIECE_KEYS, self.block) + 1, 16) if self.block % n == 0)
+
+    @property
+    def probe(self) -> int:
+        """Keys of a piece that give the first reference, and that are looked at in one go where each go takes a new maximum."""
+        return self.piece // 4 if self.piece % (4 * LANES) == 0 else self.piece
+
+    @property
     def short_block(self) -> int:
-        """Keys that are looked at in a block which ends early."""
+        """Keys that decode looks at in a block which ends early."""
         return self.block // 4 if self.block % (4 * LANES) == 0 else self.block
 
     @property
@@ -47,7 +65,7 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """Lanes of a query row and of an output row."""
+        """Lanes of a query row, and of an output row of decode."""
         return self.head_dim if self.split else 2 * self.head_dim
 
     @property
@@ -57,17 +75,12 @@ class Plan:
     @property
     def windows(self) -> int:
         """Windows that one item's new rows can touch."""
-        return 1 if self.tile == 1 else 2
+        return 1 if self.decode else 2
 
     @property
     def sink_rows(self) -> int:
         """Rows of the pages that hold the sinks."""
         return pl.cdiv(self.sinks, self.page) * self.page
-
-    @property
-    def write_rows(self) -> int:
-        """Rows of one write: a window, or a page if that is smaller."""
-        return min(self.align, self.page)
 
 
 def work_items(plan: Plan, rows: int, q_start, q_len):
@@ -87,46 +100,49 @@ def work_items(plan: Plan, rows: int, q_start, q_len):
 def to_tiles(plan: Plan, q):
     """q [T, Hq, D] to [tiles, Hkv, rows, width]."""
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.width - plan.head_dim)))
-    if plan.tile == 1:
-        q = q.reshape(q.shape[0], plan.heads, plan.group, plan.width)
+    heads = plan.heads * plan.chunks
+    if plan.decode:
+        q = q.reshape(q.shape[0], heads, plan.group, plan.width)
         return jnp.pad(q, ((0, 0), (0, 0), (0, plan.rows - plan.group), (0, 0)))
     q = jnp.pad(q, ((0, -q.shape[0] % plan.tile), (0, 0), (0, 0)))
-    q = q.reshape(-1, plan.tile, plan.heads, plan.group, plan.width).transpose(0, 2, 3, 1, 4)
-    return q.reshape(-1, plan.heads, plan.rows, plan.width)
+    q = q.reshape(-1, plan.tile, heads, plan.group, plan.width).transpose(0, 2, 3, 1, 4)
+    return q.reshape(-1, heads, plan.rows, plan.width)
 
 
 def new_to_tiles(plan: Plan, new):
-    """New rows of the cache [T, Hkv, 2D] to [tiles, Hkv, tile, 2D]; for decode as they are."""
-    if plan.tile == 1:
-        return new
+    """New rows of the cache [T, Hkv, 2D] to [tiles, Hkv, tile, 2D]; for decode to [T, chunks, heads, 2D]."""
+    if plan.decode:
+        return new.reshape(new.shape[0], plan.chunks, plan.heads, new.shape[-1])
     new = jnp.pad(new, ((0, -new.shape[0] % plan.tile), (0, 0), (0, 0)))
-    return new.reshape(-1, plan.tile, plan.heads, 2 * plan.head_dim).transpose(0, 2, 1, 3)
+    return new.reshape(-1, plan.tile, plan.heads * plan.chunks, 2 * plan.head_dim).transpose(0, 2, 1, 3)
 
 
 def from_tiles(plan: Plan, out, t: int):
-    """The inverse of to_tiles for the output: [T, Hq, D]."""
-    out = out[..., plan.width - plan.head_dim :]
-    if plan.tile == 1:
-        return out[:, :, : plan.group].reshape(t, plan.heads * plan.group, plan.head_dim)
-    out = out.reshape(-1, plan.heads, plan.group, plan.tile, plan.head_dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(-1, plan.heads * plan.group, plan.head_dim)[:t]
+    """The output, [tiles, Hkv, rows, width] for decode and [tiles, Hkv, D, rows] otherwise, as [T, Hq, D]."""
+    heads = plan.heads * plan.chunks
+    if plan.decode:
+        return out[:, :, : plan.group, plan.width - plan.head_dim :].reshape(t, heads * plan.group, plan.head_dim)
+    out = out.reshape(-1, heads, plan.head_dim, plan.group, plan.tile).transpose(0, 4, 1, 3, 2)
+    return out.reshape(-1, heads * plan.group, plan.head_dim)[:t]
 
 
 def make_plan(q, kv, pages_per_seq: int, q_max: int, softcap: float | None, sinks: int) -> Plan:
     heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
     group, size = q.shape[1] // heads, kv.dtype.itemsize
     if q_max == 1:
-        tile, rows, align = 1, pl.cdiv(group, 8) * 8, 32 // size
+        tile, rows, align, chunk, unit = 1, pl.cdiv(group, 8) * 8, 32 // size, heads, page
     else:
-        tile = max(16, min(128, pl.next_power_of_2(q_max), 1 << (TILE_ROWS // q.shape[1]).bit_length() - 1))
+        tile = max(16, min(TILE_TOKENS, pl.next_power_of_2(q_max), 1 << (TILE_ROWS // group).bit_length() - 1))
         while page % tile and tile % page:
             tile //= 2
-        rows, align = tile * group, tile
-    unit = math.lcm(page, align)  # a window never straddles two blocks
-    keys = min(DECODE_KEYS if tile == 1 else PREFILL_KEYS, BLOCK_BYTES // (heads * 2 * head_dim * size))
+        rows, align, unit = tile * group, tile, math.lcm(page, LANES)
+        chunk = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * rows <= CHUNK_ROWS))
+    unit = math.lcm(unit, align)  # a window never straddles two blocks
+    keys = min(BLOCK_KEYS, BLOCK_BYTES // (chunk * 2 * head_dim * size))
     block_pages = min(max(keys // unit, 1), pl.cdiv(pages_per_seq * page, unit)) * unit // page
-    compute = jnp.promote_types(q.dtype, kv.dtype)
-    return Plan(heads, group, head_dim, page, pages_per_seq, block_pages, tile, rows, align, softcap, compute, sinks)
+    write_rows, compute = min(align, page, 8 if q_max == 1 else align), jnp.promote_types(q.dtype, kv.dtype)
+    sizes = (chunk, heads // chunk, group, head_dim, page, pages_per_seq, block_pages)
+    return Plan(*sizes, tile, rows, align, write_rows, softcap, compute, sinks)
 
 
 def vmem_bytes(plan: Plan, kv_size: int, q_size: int) -> int:
@@ -135,8 +151,10 @@ def vmem_bytes(plan: Plan, kv_size: int, q_size: int) -> int:
     cache = row * (2 * plan.block + 2 * plan.windows * plan.align + 2 * max(plan.tile, 8))
     cache += row * plan.sink_rows
     queries = 4 if plan.sinks == 0 else 6  # tiles in flight: of queries, of the sinks', and of the output
-    tile = plan.heads * plan.rows * (plan.width * (queries * q_size + 4) + 2 * LANES * 4)
-    return cache + tile + 8 * max(plan.rows, 128) * plan.block * 4
+    stats = 2 * LANES if plan.decode else 2 * 8
+    tile = plan.heads * plan.rows * (plan.width * (queries * q_size + 4) + stats * 4)
+    scores = 8 * max(plan.rows, 128) * plan.block if plan.decode else 4 * plan.rows * plan.piece
+    return cache + tile + scores * 4
 
 
 def check(q, k, v, kv, page_table, q_max: int) -> None:

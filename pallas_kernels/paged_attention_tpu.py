@@ -26,9 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention_plan import LANES, Plan, check, from_tiles, make_plan, new_to_tiles, to_tiles, vmem_bytes, work_items
+from pallas_kernels.paged_attention_softmax import LOG2E, REACH, SUBLANES, Columns, Rows
 
-LOG2E = math.log2(math.e)
-MASKED = -1e30  # finite, so that a row which sees nothing of a block stays free of NaN until a block that it sees rescales it
+UNROLLED_ROWS = 4096  # of heads that are looked at side by side
 
 
 class _Scalars(NamedTuple):
@@ -43,6 +43,7 @@ class _Scalars(NamedTuple):
     item_seq: jax.Array  # [items]
     item_tile: jax.Array  # [items]
     item_count: jax.Array  # [1]
+    exact: jax.Array  # [1], 1: no block is looked at without a new maximum
 
 
 class _Item(NamedTuple):
@@ -71,6 +72,11 @@ def _requested_early(plan: Plan, s: _Scalars, i, item: _Item):
     return (i > 0) & ((s.item_seq[jnp.maximum(i - 1, 0)] != item.seq) | clean)
 
 
+def _heads(plan: Plan):
+    """The key-value heads of this step."""
+    return pl.ds(pl.program_id(0) * plan.heads, plan.heads)
+
+
 class _Reader(NamedTuple):
     """Copies blocks of pages from the cache into one of two VMEM buffers."""
 
@@ -82,7 +88,7 @@ class _Reader(NamedTuple):
 
     def _copy(self, page_id, row, slot):
         dst = self.buf.at[slot, :, pl.ds(row, self.plan.page), :]
-        return pltpu.make_async_copy(self.kv.at[self.s.layer[0], page_id], dst, self.sem.at[slot])
+        return pltpu.make_async_copy(self.kv.at[self.s.layer[0], page_id, _heads(self.plan)], dst, self.sem.at[slot])
 
     def _by_size(self, item: _Item, b, full, one):
         """Runs full() for a block seen from its first page to its last, otherwise one(n) for the n-th page, for each page seen."""
@@ -129,8 +135,8 @@ class _Writer(NamedTuple):
 
     def _new_rows(self, h, shift):
         """New rows of head h in float32, moved so that a row's index is its position modulo the window size."""
-        if self.plan.tile == 1:
-            return jnp.broadcast_to(self.new[0, pl.ds(h, 1), :].astype(jnp.float32), (self.plan.align, 2 * self.plan.head_dim))
+        if self.plan.decode:
+            return jnp.broadcast_to(self.new[0, 0, pl.ds(h, 1), :].astype(jnp.float32), (self.plan.align, 2 * self.plan.head_dim))
         return pltpu.roll(self.new[0, h].astype(jnp.float32), shift, 0)
 
     def patch(self, item: _Item, b, slot, parity):
@@ -146,10 +152,24 @@ class _Writer(NamedTuple):
         is_new = (pos >= item.first) & (pos < item.end)
         rows = pl.ds(pl.multiple_of(start - b * plan.block, plan.align), plan.align)
         shift = lax.rem(item.first - item.row + plan.tile, plan.align)
-        for h in range(plan.heads):
-            merged = jnp.where(is_new, self._new_rows(h, shift), self.buf[slot, h, rows, :].astype(jnp.float32)).astype(self.buf.dtype)
-            self.buf[slot, h, rows, :] = merged
-            self.stage[parity, w, h] = merged
+
+        def put(h, value):
+            self.buf[slot, h, rows, :] = self.stage[parity, w, h] = value
+
+        def copy():
+            for h in range(plan.heads):
+                put(h, self.new[0, h])
+
+        def merge():
+            for h in range(plan.heads):
+                put(h, jnp.where(is_new, self._new_rows(h, shift), self.buf[slot, h, rows, :].astype(jnp.float32)).astype(self.buf.dtype))
+
+        if plan.decode:
+            merge()
+        else:
+            as_is = (shift == 0) & (start >= item.first) & (start + plan.align <= item.end)
+            pl.when(as_is)(copy)
+            pl.when(jnp.logical_not(as_is))(merge)
         for j in range(0, plan.align, plan.write_rows):
             at = start + j
             pl.when((at < item.end) & (at + plan.write_rows > item.first))(functools.partial(self._write, item, at, parity, w, j))
@@ -159,13 +179,14 @@ class _Writer(NamedTuple):
         page_id = self.s.page_table[item.seq * plan.pages_per_seq + at // plan.page]
         rows = pl.ds(pl.multiple_of(lax.rem(at, plan.page), plan.write_rows), plan.write_rows)
         src = self.stage.at[parity, w, :, pl.ds(j, plan.write_rows), :]
-        pltpu.make_async_copy(src, self.kv.at[self.s.layer[0], page_id, :, rows, :], self.sem.at[parity]).start()
+        pltpu.make_async_copy(src, self.kv.at[self.s.layer[0], page_id, _heads(plan), rows, :], self.sem.at[parity]).start()
         self.pending[parity] += 1
 
 
-def _clear_unseen_values(plan: Plan, item: _Item, b, keys: int, buf, slot):
-    """Zeroes those values among the first `keys` of block b that no row of the item sees: zero times what lies there must not be NaN."""
-    base, chunk = b * plan.block, math.gcd(LANES, keys)
+def _clear_unseen_values(plan: Plan, item: _Item, base, keys, buf, slot):
+    """Zeroes those values among the first `keys` of the block at position `base` that no row
+    of the item sees: zero times what lies there must not be NaN."""
+    chunk = math.gcd(LANES, keys) if isinstance(keys, int) else math.gcd(LANES, plan.piece)
     lanes = slice(plan.value_lane, 2 * plan.head_dim)
 
     def clear(n, _):
@@ -178,47 +199,18 @@ def _clear_unseen_values(plan: Plan, item: _Item, b, keys: int, buf, slot):
     pl.when(base + keys > item.end)(lambda: lax.fori_loop((item.end - base) // chunk, keys // chunk, clear, None))
 
 
-def _visible(plan: Plan, s: _Scalars, item: _Item, b, keys: int):
-    """Mask [rows, keys]: which of the first keys of block b each row sees."""
-    shape = (plan.rows, keys)
-    token = lax.broadcasted_iota(jnp.int32, shape, 0) & (plan.tile - 1)
-    row_pos = item.first - item.row + token
-    key_pos = b * plan.block + lax.broadcasted_iota(jnp.int32, shape, 1)
-    oldest = jnp.where(s.window[0] > 0, row_pos - s.window[0], -1)
-    return (key_pos <= row_pos) & (key_pos > oldest)
-
-
-def _lane_sums(x):
-    """x [rows, n] summed to [rows, LANES], of which the lanes' sum is wanted: crossing lanes is left for the end."""
-    if x.shape[1] % LANES:
-        return jnp.broadcast_to(jnp.sum(x, axis=1, keepdims=True) * (1 / LANES), (x.shape[0], LANES))
-    return functools.reduce(jnp.add, [x[:, at : at + LANES] for at in range(0, x.shape[1], LANES)])
-
-
-def _by_lanes(operation, x, row):
-    """operation of x [rows, n] with a value of each row, row [rows, LANES] holding it in every lane: nothing crosses lanes."""
-    if x.shape[1] % LANES:
-        return operation(x, row[:, :1])
-    return jnp.concatenate([operation(x[:, at : at + LANES], row) for at in range(0, x.shape[1], LANES)], axis=1)
-
-
-def _attend_block(plan: Plan, h, q, kv, visible, acc, top, total):
-    """One step of the online softmax: rows q [rows, width] of head h against keys and values kv [keys, 2 * head_dim]. visible: a mask, or
-    None where every row sees all. Exponents are of 2, and the queries are scaled for that. total: each lane has a part of the sum."""
-    precision = lax.Precision.HIGHEST if plan.compute == jnp.float32 else lax.Precision.DEFAULT
-    dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
-    keys, values = kv[:, : plan.width].astype(plan.compute), kv[:, plan.value_lane :].astype(plan.compute)
-    scores = dot(q, keys, (((1,), (1,)), ((), ())))
-    if plan.softcap is not None:
-        scores = jnp.tanh(scores) * (plan.softcap * LOG2E)
-    if visible is not None:
-        scores = jnp.where(visible, scores, MASKED)
-    old_top = top[h]
-    new_top = jnp.maximum(old_top, jnp.max(scores, axis=1, keepdims=True))
-    weights, shrink = jnp.exp2(_by_lanes(jnp.subtract, scores, new_top)), jnp.exp2(old_top - new_top)
-    top[h] = new_top
-    total[h] = total[h] * shrink + _lane_sums(weights)
-    acc[h] = _by_lanes(jnp.multiply, acc[h], shrink) + dot(weights.astype(plan.compute), values, (((1,), (0,)), ((), ())))
+def _visible(plan: Plan, s: _Scalars, item: _Item, base, keys: int, known: int = 0):
+    """Which keys from position `base` on each row sees: for decode the mask [rows, keys] of the first `keys`, for a tile a function as
+    Columns.attend takes it. known: so many keys, from the first on, are seen by every row."""
+    reach = jnp.where(s.window[0] > 0, s.window[0], 1 << 30)
+    if plan.decode:
+        back = item.first - base - lax.broadcasted_iota(jnp.int32, (plan.rows, keys), 1)
+        return (back >= 0) & (back < reach)
+    token = lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.rows), 1) & (plan.tile - 1)
+    back = item.first - item.row - base + token - lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.rows), 0)
+    # as unsigned numbers, so that one comparison does for both ends
+    mask = lambda n: (back - SUBLANES * n).astype(jnp.uint32) < reach.astype(jnp.uint32)
+    return lambda n: None if SUBLANES * (n + 1) <= known else mask(n)
 
 
 class _Sinks(NamedTuple):
@@ -231,12 +223,12 @@ class _Sinks(NamedTuple):
     buf: jax.Array
     sem: jax.Array
 
-    def attend(self, item: _Item, acc, top, total):
+    def attend(self, item: _Item, softmax: Rows | Columns):
         """After all other blocks of the item, since new rows of its own may be among the sinks; what it wrote has been waited for."""
-        plan, size = self.plan, (self.plan.rows, self.plan.sink_rows)
+        plan = self.plan
         copies = [
             pltpu.make_async_copy(
-                self.kv.at[self.s.layer[0], self.s.page_table[item.seq * plan.pages_per_seq + n]],
+                self.kv.at[self.s.layer[0], self.s.page_table[item.seq * plan.pages_per_seq + n], _heads(plan)],
                 self.buf.at[:, pl.ds(n * plan.page, plan.page), :],
                 self.sem,
             )
@@ -246,22 +238,29 @@ class _Sinks(NamedTuple):
             copy.start()
         for copy in copies:
             copy.wait()
-        token = lax.broadcasted_iota(jnp.int32, size, 0) & (plan.tile - 1)
-        key_pos = lax.broadcasted_iota(jnp.int32, size, 1)
-        visible = (key_pos < plan.sinks) & (key_pos <= item.first - item.row + token - self.s.window[0])
         left = jnp.minimum(plan.sinks, item.end - self.s.window[0])  # what the last row has left behind
         known = lax.broadcasted_iota(jnp.int32, (plan.sink_rows, 2 * plan.head_dim), 0) < left
 
         def head(h):
             rows = jnp.where(known, self.buf[h].astype(jnp.float32), 0.0).astype(self.buf.dtype)  # zero times NaN must not be
-            _attend_block(plan, h, self.q[0, h], rows, visible, acc, top, total)
+            softmax.attend(h, self.q[0, h], rows, self._visible(item))
 
-        _for_heads(plan, head)
+        _for_heads(plan, plan.heads if plan.decode else 1, head)
+
+    def _visible(self, item: _Item):
+        """As _visible, for the keys of the sinks."""
+        plan, behind = self.plan, item.first - item.row - self.s.window[0]
+        if plan.decode:
+            key = lax.broadcasted_iota(jnp.int32, (plan.rows, plan.sink_rows), 1)
+            return (key < plan.sinks) & (key <= behind)
+        token = lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.rows), 1) & (plan.tile - 1)
+        key = lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.rows), 0)
+        return lambda n: (key < plan.sinks - SUBLANES * n) & (key <= behind + token - SUBLANES * n)
 
 
-def _for_heads(plan: Plan, body):
-    """Runs body(h) for each key-value head, unrolled as far as the tile is small, so that the heads overlap in the schedule."""
-    step = math.gcd(plan.heads, max(1, 1024 // plan.rows))
+def _for_heads(plan: Plan, unrolled: int, body):
+    """Runs body(h) for each key-value head, about `unrolled` heads side by side, so that they overlap in the schedule."""
+    step = math.gcd(plan.heads, max(1, unrolled))
     if step == plan.heads:
         for h in range(plan.heads):
             body(h)
@@ -274,117 +273,209 @@ def _for_heads(plan: Plan, body):
     lax.fori_loop(0, plan.heads // step, some, None)
 
 
-def _run_item(plan: Plan, s: _Scalars, reader: _Reader, writer: _Writer, sinks: _Sinks | None, q_ref, out_ref, softmax, slot_ref):
-    """Attention of one work item; leaves the result in out_ref and the slot of the next item's first block in slot_ref."""
-    i, parity = pl.program_id(0), lax.rem(pl.program_id(0), 2)
-    item, last = _item(plan, s, i), i + 1 == s.item_count[0]
-    following = _item(plan, s, jnp.where(last, i, i + 1))
-    ask_early = jnp.logical_not(last) & _requested_early(plan, s, i + 1, following)
-    first_block, end_block, slot0 = item.low // plan.block, pl.cdiv(item.end, plan.block), slot_ref[0]
-    acc, top, total = softmax
+class _Step(NamedTuple):
+    """Attention of one work item by one step's heads."""
 
-    writer.drain(parity)
-    pl.when((i > 0) & (s.item_seq[jnp.maximum(i - 1, 0)] == item.seq))(lambda: writer.drain(1 - parity))
-    pl.when(jnp.logical_not(_requested_early(plan, s, i, item)))(lambda: reader.start(item, first_block, slot0))
-    acc[...], total[...] = jnp.zeros_like(acc), jnp.zeros_like(total)
-    top[...] = jnp.full_like(top, MASKED)
+    plan: Plan
+    s: _Scalars
+    reader: _Reader
+    writer: _Writer
+    sinks: _Sinks | None
+    q: jax.Array
+    out: jax.Array
+    softmax: Rows | Columns
+    excess: jax.Array | None
+    slot: jax.Array  # of the first block; then that of the next item's
 
-    def block(b, _):
-        slot = (slot0 + b - first_block) % 2
-        more = b + 1 < end_block
-        pl.when(more)(lambda: reader.start(item, b + 1, 1 - slot))
-        pl.when(jnp.logical_not(more) & ask_early)(lambda: reader.start(following, following.low // plan.block, 1 - slot))
-        reader.wait(item, b, slot)
-        writer.patch(item, b, slot, parity)
+    def run(self):
+        """Leaves the result in out."""
+        plan, s = self.plan, self.s
+        i, parity = pl.program_id(1), lax.rem(pl.program_id(1), 2)
+        item, last = _item(plan, s, i), i + 1 == s.item_count[0]
+        following = _item(plan, s, jnp.where(last, i, i + 1))
+        early = jnp.logical_not(last) & _requested_early(plan, s, i + 1, following)
+
+        self.writer.drain(parity)
+        pl.when((i > 0) & (s.item_seq[jnp.maximum(i - 1, 0)] == item.seq))(lambda: self.writer.drain(1 - parity))
+        first_slot = self.slot[0]
+        pl.when(jnp.logical_not(_requested_early(plan, s, i, item)))(lambda: self.reader.start(item, item.low // plan.block, first_slot))
+        token = lax.broadcasted_iota(jnp.int32, (1, plan.rows), 1) & (plan.tile - 1)
+        mine = (token >= item.row) & (token < item.row + item.end - item.first)
+        self._look(item, following, early, parity)
+        self._finish(item, mine)
+        pl.when(last)(lambda: lax.fori_loop(0, 2, lambda either, _: self.writer.drain(either), None))
+
+    def _look(self, item: _Item, following: _Item, early, parity):
+        """Goes over all blocks that the item sees. early: the next item's first block is requested during the last one."""
+        plan, first, end, slot0 = self.plan, item.low // self.plan.block, pl.cdiv(item.end, self.plan.block), self.slot[0]
+        self.softmax.reset()
+
+        def block(b, _):
+            slot = (slot0 + b - first) % 2
+            more = b + 1 < end
+            pl.when(more)(lambda: self.reader.start(item, b + 1, 1 - slot))
+            pl.when(jnp.logical_not(more) & early)(lambda: self.reader.start(following, following.low // plan.block, 1 - slot))
+            self.reader.wait(item, b, slot)
+            self.writer.patch(item, b, slot, parity)
+            if plan.decode:
+                self._attend_block(item, b, slot)
+            else:
+                self._attend_pieces(item, b, slot)
+
+        lax.fori_loop(first, end, block, None)
+        if self.sinks is not None:
+            pl.when(item.first < plan.sinks)(lambda: self.writer.drain(parity))
+            pl.when((self.s.window[0] > 0) & (item.end > self.s.window[0]))(lambda: self.sinks.attend(item, self.softmax))
+        self.slot[0] = (slot0 + end - first) % 2
+
+    def _whole(self, item: _Item, start, keys: int):
+        """Whether every row sees all `keys` keys from position `start` on."""
+        window = self.s.window[0]
+        return (start + keys <= item.first + 1) & ((window == 0) | (start + window >= item.end))
+
+    def _attend_block(self, item: _Item, b, slot):
+        plan, buf, base = self.plan, self.reader.buf, b * self.plan.block
 
         def attend(keys, whole=False):
             visible = None
             if not whole:
-                _clear_unseen_values(plan, item, b, keys, reader.buf, slot)
-                visible = _visible(plan, s, item, b, keys)
-            _for_heads(plan, lambda h: _attend_block(plan, h, q_ref[0, h], reader.buf[slot, h, :keys], visible, acc, top, total))
+                _clear_unseen_values(plan, item, base, keys, buf, slot)
+                visible = _visible(plan, self.s, item, base, keys)
+            _for_heads(plan, plan.heads, lambda h: self.softmax.attend(h, self.q[0, h], buf[slot, h, :keys], visible))
 
-        base = b * plan.block
-        whole = (base + plan.block <= item.first + 1) & ((s.window[0] == 0) | (base + s.window[0] >= item.end))
+        whole = self._whole(item, base, plan.block)
         short = item.end - base <= plan.short_block if plan.short_block < plan.block else False
         pl.when(whole)(lambda: attend(plan.block, whole=True))
         pl.when(jnp.logical_not(whole | short))(lambda: attend(plan.block))
         if plan.short_block < plan.block:
             pl.when(short & jnp.logical_not(whole))(lambda: attend(plan.short_block))
 
-    lax.fori_loop(first_block, end_block, block, None)
-    if sinks is not None:
-        pl.when(item.first < plan.sinks)(lambda: writer.drain(parity))
-        pl.when((s.window[0] > 0) & (item.end > s.window[0]))(lambda: sinks.attend(item, *softmax))
-    slot_ref[0] = (slot0 + end_block - first_block) % 2
+    def _attend_pieces(self, item: _Item, b, slot):
+        plan, buf, base, size = self.plan, self.reader.buf, b * self.plan.block, self.plan.piece
+        first = jnp.maximum(item.low - base, 0) // size
+        end = pl.cdiv(jnp.minimum(item.end - base, plan.block), size)
+        last_low = jnp.where(self.s.window[0] > 0, jnp.maximum(item.end - self.s.window[0], 0), 0)
+        _clear_unseen_values(plan, item, base, end * size, buf, slot)
 
-    token = lax.broadcasted_iota(jnp.int32, (plan.rows, plan.width), 0) & (plan.tile - 1)
-    mine = (token >= item.row) & (token < item.row + item.end - item.first)
+        def piece(n, _):
+            start = base + n * size
+            whole = self._whole(item, start, size)
+            fresh = start <= last_low  # a row may have seen no key of an earlier piece
+            first_of_all = (b == item.low // plan.block) & (n == first) & (last_low < start + plan.probe)
+            exact = (self.s.exact[0] > 0) | (fresh & jnp.logical_not(first_of_all))
 
-    def finish(h):
-        result = acc[h] / jnp.sum(total[h], axis=1, keepdims=True)
-        out_ref[0, h] = jnp.where(mine, result, out_ref[0, h].astype(jnp.float32)).astype(out_ref.dtype)
+            def attend(begin, keys, how, unrolled=1, known=0):  # known: so many keys, from the first on, are seen by every row
+                visible = _visible(plan, self.s, item, base + begin, keys, known) if known < keys else None
+                at = pl.ds(pl.multiple_of(begin, keys), keys)
+                _for_heads(plan, unrolled, lambda h: how(h, self.q[0, h], buf[slot, h, at], visible))
 
-    _for_heads(plan, finish)
-    pl.when(last)(lambda: lax.fori_loop(0, 2, lambda either, _: writer.drain(either), None))
+            softmax, narrow, wide = self.softmax, plan.probe, UNROLLED_ROWS // plan.rows
+            go_on, half = functools.partial(softmax.attend, settled=True), size // 2 // SUBLANES * SUBLANES
+            pl.when(exact)(
+                lambda: lax.fori_loop(0, size // narrow, lambda m, _: attend(n * size + m * narrow, narrow, softmax.attend), None)
+            )
+            pl.when(jnp.logical_not(exact) & fresh)(lambda: attend(n * size, narrow, softmax.probe, wide))
+            half_known = self._whole(item, start, half)
+            pl.when(jnp.logical_not(exact) & whole)(lambda: attend(n * size, size, go_on, wide, size))
+            pl.when(jnp.logical_not(exact | whole) & half_known)(lambda: attend(n * size, size, go_on, 1, half))
+            pl.when(jnp.logical_not(exact | whole | half_known))(lambda: attend(n * size, size, go_on))
+
+        lax.fori_loop(first, end, piece, None)
+
+    def _finish(self, item: _Item, mine):
+        plan, out = self.plan, self.out
+
+        def head(h):
+            result = self.softmax.result(h)
+            if not plan.decode:
+                result = jnp.where(mine, result, out[0, h].astype(jnp.float32))
+            out[0, h] = result.astype(out.dtype)
+
+        _for_heads(plan, plan.heads if plan.decode else 1, head)
+        if not plan.decode:
+            worst = jnp.where(mine, self.softmax.worst[...], 0.0)
+            for at in range(0, plan.rows, LANES):
+                part = worst[:, at : at + LANES]
+                lanes = slice(0, part.shape[1])
+                self.excess[0, :, lanes] = jnp.maximum(self.excess[0, :, lanes], part)
 
 
 def _kernel(*refs, plan: Plan):
-    s, refs = _Scalars(*refs[:9]), refs[9:]
+    s, refs = _Scalars(*refs[:10]), refs[10:]
     q_ref, new_ref, _, *refs = refs
     sink_q, *refs = refs if plan.sinks else (None, *refs)
-    out_ref, kv_ref, buf, stage, acc, top, total, slot_ref, pending, read_sem, write_sem, *sink_refs = refs
+    out_ref, kv_ref, *refs = refs
+    excess, *refs = (None, *refs) if plan.decode else refs
+    buf, stage, slot_ref, pending, read_sem, write_sem, *refs = refs
+    sums, sink_refs = (refs[:-2], refs[-2:]) if plan.sinks else (refs, [])
 
-    @pl.when(pl.program_id(0) == 0)
+    @pl.when(pl.program_id(1) == 0)
     def _():
         slot_ref[0], pending[0], pending[1] = 0, 0, 0
+        if not plan.decode:
+            excess[...] = jnp.zeros_like(excess)
 
-    @pl.when(pl.program_id(0) < s.item_count[0])
+    @pl.when(pl.program_id(1) < s.item_count[0])
     def _():
         reader = _Reader(plan, s, kv_ref, buf, read_sem)
         writer = _Writer(plan, s, kv_ref, buf, new_ref, stage, pending, write_sem)
         sinks = None if sink_q is None else _Sinks(plan, s, kv_ref, sink_q, *sink_refs)
-        _run_item(plan, s, reader, writer, sinks, q_ref, out_ref, (acc, top, total), slot_ref)
+        softmax = (Rows if plan.decode else Columns)(plan, *sums)
+        _Step(plan, s, reader, writer, sinks, q_ref, out_ref, softmax, excess, slot_ref).run()
 
 
-def _call(plan: Plan, q, new, kv, sink_q, s: _Scalars, interpret):
-    """The pallas_call: (out tiles, kv). sink_q: like q, or None without sinks."""
-    tiles, new_shape = q.shape[0], new.shape[1:]
-    tile_of = lambda dims: lambda i, *scalars: (scalars[7][i],) + (0,) * dims
-    block = (1, plan.heads, plan.rows, plan.width)
-    row = 2 * plan.head_dim
-    softmax = [pltpu.VMEM((plan.heads, plan.rows, lanes), jnp.float32) for lanes in (plan.width, LANES, LANES)]
+def _call(plan: Plan, q, new, kv, s: _Scalars, *, sink_q, interpret):
+    """The pallas_call: (out tiles, kv), and for tiles the largest excess of a score. sink_q: like q, or None without sinks."""
+    tiles, row = q.shape[0], 2 * plan.head_dim
+    tile_of = lambda c, i, *scalars: (scalars[7][i], c, 0, 0)
+    queries = pl.BlockSpec((1, plan.heads, plan.rows, plan.width), tile_of)
+    new_block = (1, 1, plan.heads, row) if plan.decode else (1, plan.heads, plan.tile, row)
+    result = (plan.rows, plan.width) if plan.decode else (plan.head_dim, plan.rows)
+    f32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
+    if plan.decode:
+        sums = [f32(plan.heads, plan.rows, lanes) for lanes in (plan.width, LANES, LANES)]
+    else:
+        sums = [f32(plan.heads, rows, plan.rows) for rows in (plan.head_dim, SUBLANES, SUBLANES)] + [f32(SUBLANES, plan.rows)]
+    excess = [
+        pl.BlockSpec((1, SUBLANES, LANES), lambda c, *_: (c, 0, 0)),
+        jax.ShapeDtypeStruct((plan.chunks, SUBLANES, LANES), jnp.float32),
+    ]
+    excess = [] if plan.decode else excess
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(s),
-        grid=(s.item_seq.shape[0],),
+        grid=(plan.chunks, s.item_seq.shape[0]),
         in_specs=[
-            pl.BlockSpec(block, tile_of(3)),
-            pl.BlockSpec((1, *new_shape), tile_of(len(new_shape))),
+            queries,
+            pl.BlockSpec(new_block, tile_of),
             pl.BlockSpec(memory_space=pl.ANY),
-            *([pl.BlockSpec(block, tile_of(3))] if plan.sinks else []),
+            *([queries] if plan.sinks else []),
         ],
-        out_specs=[pl.BlockSpec(block, tile_of(3)), pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=[pl.BlockSpec((1, plan.heads, *result), tile_of), pl.BlockSpec(memory_space=pl.ANY), *excess[:1]],
         scratch_shapes=[
             pltpu.VMEM((2, plan.heads, plan.block, row), kv.dtype),
             pltpu.VMEM((2, plan.windows, plan.heads, plan.align, row), kv.dtype),
-            *softmax,
             pltpu.SMEM((1,), jnp.int32),
             pltpu.SMEM((2,), jnp.int32),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((2,)),
+            *sums,
             *([pltpu.VMEM((plan.heads, plan.sink_rows, row), kv.dtype), pltpu.SemaphoreType.DMA(())] if plan.sinks else []),
         ],
     )
     vmem = max(vmem_bytes(plan, kv.dtype.itemsize, q.dtype.itemsize), 16 << 20)
-    params = pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True, vmem_limit_bytes=vmem)
+    params = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True, vmem_limit_bytes=vmem)
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan),
-        out_shape=[jax.ShapeDtypeStruct((tiles, *block[1:]), q.dtype), jax.ShapeDtypeStruct(kv.shape, kv.dtype)],
+        out_shape=[
+            jax.ShapeDtypeStruct((tiles, plan.heads * plan.chunks, *result), q.dtype),
+            jax.ShapeDtypeStruct(kv.shape, kv.dtype),
+            *excess[1:],
+        ],
         grid_spec=grid_spec,
         input_output_aliases={len(s) + 2: 1},
         compiler_params=params,
         interpret=interpret,
-        name="paged_decode" if plan.tile == 1 else "paged_prefill",
+        name="paged_decode" if plan.decode else "paged_prefill",
     )(*s, q, new, kv, *([] if sink_q is None else [sink_q]))
 
 
@@ -427,15 +518,34 @@ def paged_attention_tpu(
     new = jnp.concatenate([k, v], axis=-1).astype(kv.dtype)
     row = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
     out = jnp.zeros_like(q)
-    for tile_max in (1,) if q_max == 1 else (1, q_max):
-        plan = make_plan(q, kv, page_table.shape[1], tile_max, softcap, sinks)
-        length = jnp.where((q_len == 1) if tile_max == 1 else (q_len > 1), q_len, 0)
+    for most in (1,) if q_max == 1 else (1, q_max):
+        plan = make_plan(q, kv, page_table.shape[1], most, softcap, sinks)
+        length = jnp.where((q_len == 1) if plan.decode else (q_len > 1), q_len, 0)
+        # The first sequence of several rows begins a tile; one that crosses into a tile costs that tile once more.
+        shift = 0 if plan.decode else jnp.min(jnp.where(length > 0, q_start, q.shape[0]))
+        turned = lambda x, by, decode=plan.decode: x if decode else jnp.roll(x, by, axis=0)
         factor = scale * LOG2E if softcap is None else scale / softcap
-        scaled = lambda x, plan=plan, factor=factor: to_tiles(plan, (x.astype(jnp.float32) * factor).astype(plan.compute))
-        tiles, sink_tiles = scaled(q), scaled(q_sinks) if sinks else None
-        items = work_items(plan, tiles.shape[0] * plan.tile, q_start, length)
-        scalars = _Scalars(*shared, q_start, length, kv_len, *items)
-        part, kv = _call(plan, tiles, new_to_tiles(plan, new), kv, sink_tiles, scalars, interpret)
+        tiles, sink_tiles = (
+            None if x is None else to_tiles(plan, turned((x.astype(jnp.float32) * factor).astype(plan.compute), -shift))
+            for x in (q, q_sinks if sinks else None)
+        )
+        items = work_items(plan, tiles.shape[0] * plan.tile, q_start - shift, length)
+        call = functools.partial(_call, plan, tiles, new_to_tiles(plan, turned(new, -shift)), sink_q=sink_tiles, interpret=interpret)
+        scalars = (*shared, q_start - shift, length, kv_len, *items)
+        part, kv = call(kv, _Scalars(*scalars, scalar(0))) if plan.decode else _until_exact(call, kv, scalars)
         owned = jnp.any((row >= q_start) & (row < q_start + length), axis=1)
-        out = jnp.where(owned[:, None, None], from_tiles(plan, part, q.shape[0]).astype(q.dtype), out)
+        out = jnp.where(owned[:, None, None], turned(from_tiles(plan, part, q.shape[0]), shift).astype(q.dtype), out)
+    return out, kv
+
+
+def _until_exact(call, kv, scalars):
+    """Runs the kernel of tiles, and once more without shortcuts where a score was so far above its reference that sums overflowed."""
+    shapes = jax.eval_shape(lambda kv: call(kv, _Scalars(*scalars, jnp.zeros(1, jnp.int32))), kv)
+
+    def run(state):
+        turn, _, kv = state
+        out, kv, excess = call(kv, _Scalars(*scalars, turn.reshape(1)))
+        return jnp.where((turn == 0) & (jnp.max(excess) > REACH), 1, 2), out, kv
+
+    _, out, kv = lax.while_loop(lambda state: state[0] < 2, run, (jnp.int32(0), lax.empty(shapes[0].shape, shapes[0].dtype), kv))
     return out, kv

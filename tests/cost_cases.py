@@ -52,9 +52,10 @@ def attention(A: Any, new: list[int], page: int, ctx: int, H: int, KV: int, HD: 
             continue
         plan = make_plan(q, kv, pages, bound, None, 0)
         own = np.where(mine, length, 0)
+        shift = 0 if plan.decode else min(start[own > 0])
         padded = -(-rows // plan.tile) * plan.tile
-        items = work_items(plan, padded, jnp.asarray(start, i32), jnp.asarray(own, i32))
-        values = ([0], [0], table, start, own, total, *map(np.asarray, items))
+        items = work_items(plan, padded, jnp.asarray(start - shift, i32), jnp.asarray(own, i32))
+        values = ([0], [0], table, start - shift, own, total, *map(np.asarray, items), [0])
         operands[name] = dict(enumerate(values))
     args = [q, *[A((rows, KV, HD))] * 2, kv, A((), i32), A((), i32), A((seqs, pages), i32), *[A((seqs,), i32)] * 3]
     return dict(fn=fn, args=args, donate=(3,), operands=operands)
