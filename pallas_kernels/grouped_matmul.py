@@ -33,9 +33,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.quantized_matmul import CHIPS, MAGIC, _convert, _reorder
+
 LANES, ALIGN = 128, 16  # lanes of a register; where windows start: rows of a packed bfloat16 tile
 ROWS = 16  # experts whose scales (or biases) of a column come together
-VMEM = 16 << 20  # what every TPU has
 REFERENCE_ROWS = 64  # rows of one expert that the reference multiplies at a time
 ALPHA, LIMIT = 1.702, 7.0  # gpt-oss
 ACTIVATIONS = (None, "silu", "gelu", "clamped")
@@ -64,6 +65,23 @@ class Shape:
     scale: Any  # dtype, or None
     bias: Any
     activation: str | None
+    chip: Any
+
+    @property
+    def few(self) -> bool:
+        """Whether an expert has few rows, so that the matrix unit has little to do but to load weights."""
+        return self.m <= 64 * self.experts
+
+    @property
+    def after(self) -> bool:
+        """Whether scales multiply sums. Otherwise they multiply weights: products of a group would use the matrix unit badly."""
+        return self.group == self.k or self.group % (LANES if self.few else 2 * LANES) == 0
+
+    @property
+    def words(self) -> str:
+        """The type of weights that are converted by words, as quantized_matmul.py describes; "": by the compiler."""
+        by_words = self.group and self.after and self.few and self.dtype == jnp.bfloat16
+        return self.weight.name if by_words and self.weight.name in CHIPS[self.chip].words else ""
 
     @property
     def halves(self) -> int:
@@ -71,24 +89,37 @@ class Shape:
 
 
 def grouped_matmul(
-    x, w, group_sizes, *, layer=0, scale=None, bias=None, activation=None, blocks: Blocks | None = None, impl="reference"
-):  # fmt: skip
-    """Products of sorted rows with their experts' matrices: see the module. blocks: sizes of the kernel (None: default_blocks).
-    Returns [M, N], or [M, N / 2] with an activation. Raises ValueError for shapes and types that cannot work."""
-    shape = check(x, w, group_sizes, scale, bias, activation)
+    x,
+    w,
+    group_sizes,
+    *,
+    layer: Any = 0,
+    scale=None,
+    bias=None,
+    activation: str | None = None,
+    chip: str | None = None,
+    blocks: Blocks | None = None,
+    impl: str = "reference",
+):
+    """Products of sorted rows with their experts' matrices: see the module. chip: v4, v5e, v5p, v6e or tpu7x, for which the kernel is
+    compiled (the reference needs none). blocks: sizes of the kernel (None: default_blocks). Returns [M, N], or with an activation
+    [M, N / 2]. A layer out of range is undefined. Raises ValueError for shapes, types and blocks that cannot work."""
+    shape = check(x, w, group_sizes, scale, bias, activation, chip)
     if impl == "reference":
-        return grouped_matmul_reference(x, w, group_sizes, layer=layer, scale=scale, bias=bias, activation=activation)
+        return grouped_matmul_reference(shape, x, w, group_sizes, layer, scale, bias)
     if impl not in ("pallas", "interpret"):
         raise ValueError(f"impl={impl!r}: legal: reference, pallas, interpret")
+    if chip not in CHIPS:
+        raise ValueError(f"chip={chip!r}: must be one of {', '.join(CHIPS)}")
     blocks = default_blocks(shape) if blocks is None else blocks
     check_blocks(shape, blocks)
     mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
     return grouped_matmul_tpu(shape, blocks, x, w, group_sizes, layer, scale, bias, interpret=mode)
 
 
-def grouped_matmul_reference(x, w, group_sizes, *, layer=0, scale=None, bias=None, activation=None):
-    """The contract in plain jnp. Windows of rows one after the other, as many as the groups have: an expert without rows costs nothing."""
-    shape = check(x, w, group_sizes, scale, bias, activation)
+def grouped_matmul_reference(shape: Shape, x, w, group_sizes, layer, scale, bias):
+    """The contract in plain jnp. Windows of rows one after the other, as many as the groups have: an expert without rows costs nothing.
+    (lax.ragged_dot takes two to three times as long on a CPU: it multiplies all rows with each expert's matrix.)"""
     size = min(REFERENCE_ROWS, x.shape[0])
     ends = jnp.cumsum(group_sizes)
     windows = jnp.cumsum((group_sizes + size - 1) // size)
@@ -136,7 +167,7 @@ def _precision(dtype):
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
-def check(x, w, group_sizes, scale, bias, activation) -> Shape:
+def check(x, w, group_sizes, scale=None, bias=None, activation=None, chip=None) -> Shape:
     """Static checks of all bodies. Raises ValueError that names what is wrong and what would be legal."""
     if x.ndim != 2 or w.ndim != 4 or w.shape[2] != x.shape[1]:
         raise ValueError(f"x {x.shape} and w {w.shape}: need [M, K] and [L, E, K, N] with the same K")
@@ -157,12 +188,14 @@ def check(x, w, group_sizes, scale, bias, activation) -> Shape:
     if scale is not None:
         group = k if scale.ndim == 3 else k // max(scale.shape[2], 1) if scale.ndim == 4 else 0
         if scale.shape not in ((layers, experts, n), (layers, experts, k // max(group, 1), n)) or not group or k % group:
-            raise ValueError(f"scale has shape {scale.shape}: must be [{layers}, {experts}, {n}] or [{layers}, {experts}, {k} / group, {n}]")
+            raise ValueError(
+                f"scale has shape {scale.shape}: must be [{layers}, {experts}, {n}] or [{layers}, {experts}, {k} / group, {n}]"
+            )
     if bias is not None and bias.shape != (layers, experts, n):
         raise ValueError(f"bias has shape {bias.shape}: must be [{layers}, {experts}, {n}]")
     rows, columns = pl.cdiv(x.shape[0], ALIGN) * ALIGN, n if activation is None else n // 2
     of = lambda array: None if array is None else jnp.dtype(array.dtype)
-    return Shape(rows, experts, k, columns, of(x), of(w), group, of(scale), of(bias), activation)
+    return Shape(rows, experts, k, columns, of(x), of(w), group, of(scale), of(bias), activation, chip)
 
 
 def check_blocks(shape: Shape, blocks: Blocks) -> None:
@@ -177,9 +210,13 @@ def check_blocks(shape: Shape, blocks: Blocks) -> None:
         raise ValueError(f"window={blocks.window}: must be a power of two, {ALIGN} at least")
     if blocks.block_m % ALIGN or not ALIGN <= blocks.block_m <= shape.m:
         raise ValueError(f"block_m={blocks.block_m}: must be a multiple of {ALIGN} from {ALIGN} to {shape.m}, the rows of x")
-    need = vmem_bytes(shape, blocks)
-    if need > 8 * VMEM:
-        raise ValueError(f"VMEM: blocks {blocks} need {need} bytes of {8 * VMEM} at most: lower block_n (weights) or block_m (rows of x)")
+    need, have = vmem_bytes(shape, blocks), CHIPS[shape.chip].vmem
+    if need > have:
+        raise ValueError(f"{blocks}: need {need} bytes of VMEM, {shape.chip} has {have} for them: lower block_n (weights) or block_m (x)")
+
+
+def _bits(dtype) -> int:
+    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
 
 
 def vmem_bytes(shape: Shape, blocks: Blocks) -> int:
@@ -187,24 +224,21 @@ def vmem_bytes(shape: Shape, blocks: Blocks) -> int:
     size, m, n = shape.dtype.itemsize, blocks.block_m, blocks.block_n
     columns = shape.halves * n
     x = m * shape.k * size * (1 if m == shape.m else 2)
-    stored = {jnp.dtype(jnp.int4): 4}.get(shape.weight, 8 * shape.weight.itemsize)
-    weights = 2 * columns * shape.k * stored // 8
+    weights = 2 * columns * shape.k * _bits(shape.weight) // 8
     small = 2 * columns * 4 * (ROWS + (0 if not shape.group else max(shape.k // shape.group, ROWS)))
-    unpacked = columns * shape.k * size if shape.group else 0
+    unpacked = 2 * 256 * columns * 4 if shape.group else 0
     return x + weights + small + unpacked + 2 * m * n * size + 2 * blocks.window * columns * 4
 
 
-def default_blocks(shape: Shape, vmem: int = VMEM) -> Blocks:
-    """Sizes for what was not tuned: all rows of x if they take a third of `vmem` bytes at most, then as many columns as fit."""
-    mean = shape.m // shape.experts
-    window = 128 if mean <= 64 else 256
-    most = max(vmem // 3 // (shape.k * shape.dtype.itemsize), 1)
-    block_m = shape.m if shape.m <= most else max(min(1 << (most // 2).bit_length() - 1, 512), ALIGN)
-    for parts in range(1, shape.n // LANES + 1):
-        blocks = Blocks(block_m, shape.n // parts, window)
-        if shape.n % (parts * LANES) == 0 and vmem_bytes(shape, blocks) <= vmem:
-            return blocks
-    return Blocks(block_m, math.gcd(shape.n, LANES), window)
+def default_blocks(shape: Shape) -> Blocks:
+    """Sizes for what was not tuned: x as a whole if it is small, since it is read again for each block of columns; then as many columns as
+    fit, so that these blocks are few."""
+    window, have = 128 if shape.m <= 64 * shape.experts else 256, CHIPS[shape.chip].vmem
+    most = max(have // 3 // (shape.k * shape.dtype.itemsize), 2 * ALIGN)
+    block_m = shape.m if shape.m <= min(most, 1024) else min(1 << (most // 2).bit_length() - 1, 2048)
+    widths = [width for width in range(shape.n, LANES, -LANES) if shape.n % width == 0 and width % LANES == 0]
+    fits = (Blocks(block_m, width, window) for width in widths)
+    return next((blocks for blocks in fits if vmem_bytes(shape, blocks) <= have), Blocks(block_m, LANES, window))
 
 
 def work_items(shape: Shape, block_m: int, layer, group_sizes):
@@ -234,22 +268,28 @@ def _product(shape: Shape, x, w_ref, scale_ref, e):
     dot = functools.partial(jnp.dot, precision=_precision(shape.dtype), preferred_element_type=jnp.float32)
     if not shape.group:
         return dot(x, w_ref[0, 0])
-    if shape.group == shape.k:
-        return dot(x, w_ref[0, 0].astype(shape.dtype)) * _row_of(scale_ref, e)
-    depth, total = max(shape.group, 2 * LANES) if shape.group < LANES else shape.group, None
+    by_column = shape.group == shape.k
+    row = lambda k, kind: scale_ref[0, 0, k // shape.group][None].astype(kind)
+    depth = math.gcd(shape.group, 256) if shape.after and not by_column else 256  # few weights at a time lie converted in VMEM
+    total: Any = 0
     for at in range(0, shape.k, depth):
-        depth = min(depth, shape.k - at)
-        scale = lambda i, at=at: scale_ref[0, 0, (at + i) // shape.group][None].astype(jnp.float32)
-        if shape.group % LANES == 0:
-            part = dot(x[:, at : at + depth], w_ref[0, 0, at : at + depth].astype(shape.dtype)) * scale(0)
+        end = min(at + depth, shape.k)
+        if shape.after:
+            part = dot(x[:, at:end], _converted(shape, w_ref[0, 0, at:end]))
+            if shape.words == "int4":
+                part -= MAGIC * jnp.sum(x[:, at:end].astype(jnp.float32), axis=1, keepdims=True)
+            total += part if by_column else part * row(at, jnp.float32)
         else:
-            rows = [
-                (w_ref[0, 0, at + i : at + i + shape.group].astype(jnp.float32) * scale(i)).astype(shape.dtype)
-                for i in range(0, depth, shape.group)
-            ]
-            part = dot(x[:, at : at + depth], jnp.concatenate(rows))
-        total = part if total is None else total + part
-    return total
+            kind = shape.dtype if CHIPS[shape.chip].bf16 else jnp.float32
+            step = min(shape.group, depth)
+            groups = [w_ref[0, 0, k : k + step].astype(kind) * row(k, kind) for k in range(at, end, step)]
+            total += dot(x[:, at:end], jnp.concatenate(groups).astype(shape.dtype))
+    return total * _row_of(scale_ref, e) if by_column else total
+
+
+def _converted(shape: Any, w):
+    """Weights [depth, n] in x's type."""
+    return _convert(shape, w) if shape.words else w.astype(shape.dtype)
 
 
 def _row_of(ref, e):
@@ -287,7 +327,7 @@ def _kernel(meta, bounds, item_group, item_block, x_ref, *refs, shape: Shape, bl
         out_ref[...] = jnp.zeros_like(out_ref)
 
     most = min(blocks.window, 1 << blocks.block_m.bit_length() - 1)
-    sizes = [most >> shift for shift in (0, 2, 4) if most >> shift >= ALIGN]
+    sizes = [most >> shift for shift in (0, 1, 2, 4) if most >> shift >= ALIGN]
     whole = (high - first) // most
 
     @pl.when(live)
@@ -298,15 +338,26 @@ def _kernel(meta, bounds, item_group, item_block, x_ref, *refs, shape: Shape, bl
             pl.when((left > smaller) & (left <= size))(functools.partial(window, size, first + whole * most))
 
 
+def _cost(shape: Shape) -> pl.CostEstimate:
+    """For XLA's scheduler, which cannot know the group sizes: as if rows were spread evenly."""
+    weights = shape.halves * shape.k * shape.n * min(shape.m, shape.experts) * _bits(shape.weight) // 8
+    rows = shape.m * (shape.k + shape.n) * shape.dtype.itemsize
+    flops = 2 * shape.m * shape.k * shape.n * shape.halves
+    return pl.CostEstimate(flops=flops, bytes_accessed=weights + rows, transcendentals=(shape.halves - 1) * shape.m * shape.n)
+
+
 def grouped_matmul_tpu(shape: Shape, blocks: Blocks, x, w, group_sizes, layer, scale, bias, *, interpret: Any = False):
     """The kernel's call. See grouped_matmul; shape, blocks: checked. interpret: False or a pltpu.InterpretParams."""
     scalars = work_items(shape, blocks.block_m, layer, group_sizes)
-    padded = jnp.pad(x, ((0, shape.m - x.shape[0]), (0, 0)))
+    words: Any = shape
+    padded = jnp.pad(_reorder(words, x) if shape.words else x, ((0, shape.m - x.shape[0]), (0, 0)))
     expert = lambda i, meta, item_group: jnp.minimum(item_group[i], meta[2])  # rows of nobody ask for no other weights
     tiles = shape.n // blocks.block_n
     rows = min(ROWS, shape.experts)
     in_specs = [
-        pl.BlockSpec(
+        pl.BlockSpec(memory_space=pltpu.VMEM)
+        if blocks.block_m == shape.m
+        else pl.BlockSpec(
             (blocks.block_m, shape.k),
             lambda n, i, meta, bounds, item_group, item_block: (item_block[i], 0),
             pipeline_mode=pl.Buffered(1) if blocks.block_m == shape.m else None,
@@ -339,8 +390,10 @@ def grouped_matmul_tpu(shape: Shape, blocks: Blocks, x, w, group_sizes, layer, s
             out_specs=pl.BlockSpec((blocks.block_m, blocks.block_n), lambda n, i, meta, bounds, item_group, item_block: (item_block[i], n)),
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=max(vmem_bytes(shape, blocks) * 5 // 4, VMEM)
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=max(vmem_bytes(shape, blocks), min(16 << 20, CHIPS[shape.chip].vmem)),
         ),
+        cost_estimate=_cost(shape),
         interpret=interpret,
         name="grouped_matmul",
     )(*scalars, *operands)

@@ -9,11 +9,11 @@ import numpy as np
 
 from pallas_kernels.grouped_matmul import Blocks, check, default_blocks, grouped_matmul, work_items
 
-BLOCKS = ("block_m", "block_n", "window")
+TPUS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}  # as devices call themselves
 
 
 def group_sizes(M: int, E: int, skew: str = "equal", seed: int = 0) -> np.ndarray:
-    """int32 [E], sum M. skew: equal; random (each row's expert is drawn evenly); zipf (an expert's share falls as 1 / rank); one (all of one)."""
+    """int32 [E], sum M. skew: equal; random (all experts as likely); zipf (a share falls as 1 / rank); one (all of one expert)."""
     if skew == "equal":
         return np.diff(np.arange(E + 1) * M // E).astype(np.int32)
     shares = {"random": np.ones(E), "zipf": 1 / np.arange(1, E + 1), "one": np.arange(E) == E // 2}[skew]
@@ -21,21 +21,33 @@ def group_sizes(M: int, E: int, skew: str = "equal", seed: int = 0) -> np.ndarra
 
 
 def gmm(
-    A: Any, M: int = 1024, E: int = 64, K: int = 2048, N: int = 1536, L: int = 1, skew: str = "equal", activation: str = "",
-    bits: int = 16, group: int = 0, vmem: int = 16, **sizes: int
-) -> dict[str, Any]:  # fmt: skip
+    A: Any,
+    M: int = 1024,
+    E: int = 64,
+    K: int = 2048,
+    N: int = 1536,
+    skew: str = "equal",
+    activation: str = "",
+    bits: int = 16,
+    group: int = 0,
+    rows: str = "gathered",
+    **sizes: int,
+) -> dict[str, Any]:
     """activation "silu" and others: N is twice the output's columns. bits 8 or 4: with scales of a column (group 0) or of a group.
-    vmem: MiB for default_blocks; block_m, block_n, window in its place."""
+    rows: "gathered" from M / 8 tokens, as in a model, so that the compiler may keep x where it likes; or "given", in HBM.
+    sizes: block_m, block_n and window, in place of default_blocks."""
+    chip = TPUS[A((8,)).sharding.mesh.devices.flat[0].device_kind]
     dtype = {16: jnp.bfloat16, 8: jnp.int8, 4: jnp.int4}[bits]
-    x, w, counts = A((M, K)), A((L, E, K, N), dtype), A((E,), jnp.int32)
-    scale = None if bits == 16 else A((L, E, K // group, N) if group else (L, E, N), jnp.float32)
-    shape = check(x, w, counts, scale, None, activation or None)
-    blocks = Blocks(*(sizes[name] for name in BLOCKS)) if sizes else default_blocks(shape, vmem << 20)
+    w, counts = A((1, E, K, N), dtype), A((E,), jnp.int32)
+    scale = None if bits == 16 else A((1, E, K // group, N) if group else (1, E, N), jnp.float32)
+    shape = check(A((M, K)), w, counts, scale, None, activation or None, chip)
+    blocks = Blocks(**sizes) if sizes else default_blocks(shape)
 
-    def fn(x, w, counts, layer, *scale):
-        how = dict(scale=scale[0] if scale else None, activation=activation or None)
-        return grouped_matmul(x, w, counts, layer=layer, **how, blocks=blocks, impl="pallas")
+    def fn(x, w, counts, layer, token, *scale):
+        how: dict[str, Any] = dict(layer=layer, scale=scale[0] if scale else None, activation=activation or None)
+        return grouped_matmul(x if rows == "given" else x[token], w, counts, **how, chip=chip, blocks=blocks, impl="pallas")
 
-    values = work_items(shape, blocks.block_m, L - 1, jnp.asarray(group_sizes(M, E, skew)))
-    args = [x, w, counts, A((), jnp.int32), *([] if scale is None else [scale])]
+    values = work_items(shape, blocks.block_m, 0, jnp.asarray(group_sizes(M, E, skew)))
+    tokens = A((M if rows == "given" else M // 8, K))
+    args = [tokens, w, counts, A((), jnp.int32), A((M,), jnp.int32), *([] if scale is None else [scale])]
     return dict(fn=fn, args=args, donate=(), operands={"grouped_matmul": dict(enumerate(map(np.asarray, values)))})
