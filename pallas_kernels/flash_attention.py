@@ -59,10 +59,11 @@ def flash_attention(
     else:
         from jax.experimental.pallas import tpu as pltpu
 
-        from pallas_kernels.flash_attention_tpu import default_blocks, flash_attention_tpu, make_plan
+        from pallas_kernels.flash_attention_tpu import clip_blocks, default_blocks, flash_attention_tpu, make_plan
 
         group, dim, limit = q.shape[2] // k.shape[2], q.shape[3], VMEM.get(chip, OTHER_VMEM)
-        blocks = blocks or lookup("flash_attention", chip, head_dim=dim, group=group, keys=k.shape[1], dtype=str(q.dtype))
+        tuned = lookup("flash_attention", chip, head_dim=dim, group=group, keys=k.shape[1], dtype=str(q.dtype))
+        blocks = blocks or (tuned and clip_blocks(tuned, q.shape[1], k.shape[1]))
         blocks = blocks or default_blocks(q.shape[1], k.shape[1], group, dim, q.dtype.itemsize, limit)
         plan = make_plan(q, k, blocks, softcap, causal, sinks is not None, return_lse, limit)
         mode: Any = pltpu.InterpretParams() if impl == "interpret" else False

@@ -75,6 +75,13 @@ def default_blocks(tokens: int, keys: int, group: int, head_dim: int, itemsize: 
     return found
 
 
+def clip_blocks(blocks: dict[str, int], tokens: int, keys: int) -> dict[str, int]:
+    """Blocks that were measured at some length, for a shorter one."""
+    step = blocks["step"]
+    most = {"step": step, "block_q": pl.cdiv(tokens, step) * step, "block_k": pl.cdiv(keys, step) * step}
+    return {name: min(size, most[name]) for name, size in blocks.items()}
+
+
 def vmem_bytes(blocks: dict[str, int], group: int, head_dim: int, itemsize: int) -> int:
     """VMEM that the kernel asks for, the log-sum-exp and what the scores spill included."""
     dim, rows = pl.cdiv(head_dim, LANES) * LANES, blocks["block_q"] * group

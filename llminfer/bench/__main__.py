@@ -1,10 +1,11 @@
-"""python -m llminfer.bench {latency,throughput}: what a model does on this machine."""
+"""python -m llminfer.bench {latency,throughput,kernels,selfcheck}: what a model, or its kernels, do on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 from llminfer import cli
@@ -16,7 +17,7 @@ from llminfer.progress import RichProgress
 
 def main(arguments: list[str]) -> int:
     parser = cli.parser("bench", "Measure speed.")
-    parser.add_argument("what", choices=["latency", "throughput"])
+    parser.add_argument("what", choices=["latency", "throughput", "kernels", "selfcheck"])
     parser.add_argument("--prompt-tokens", default="512", help="latency: length of the random prompts (default: 512)")
     parser.add_argument("--max-tokens", default="128", help="latency: new tokens of each (default: 128)")
     parser.add_argument("--batch", default="1", help="latency: prompts at once (default: 1)")
@@ -24,8 +25,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--requests", default="64", help="throughput: length of the trace (default: 64)")
     parser.add_argument("--rate", default="inf", help="throughput: arrivals a second (default: inf, all at once)")
     parser.add_argument("--scale", default="1.0", help="throughput: what the mean lengths, 161 in and 338 out, are multiplied by")
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels, selfcheck: those whose name contains it")
+    parser.add_argument("--target", default=None, help="kernels: compile for this TPU, such as v6e, and count the schedule")
+    parser.add_argument("--tune", action="store_true", help="kernels: try block sizes, and write the best ones")
+    parser.add_argument(
+        "--out", default=None, metavar="FILE", help="kernels: in place of tuned.toml; selfcheck: the report (selfcheck.json)"
+    )
     options = parser.parse_args(arguments)
-    found = (_latency if options.what == "latency" else _throughput)(options)
+    commands = {"latency": _latency, "throughput": _throughput, "kernels": _kernels, "selfcheck": _selfcheck}
+    found = commands[options.what](options)
     if options.json:
         cli.print_json(found)
     return 0
@@ -68,6 +76,36 @@ def _throughput(options: argparse.Namespace) -> dict[str, Any]:
         width = max(len(name) for name in found)
         for name, value in found.items():
             print(f"{name:<{width}}  {value:.3f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+    return found
+
+
+def _kernels(options: argparse.Namespace) -> dict[str, Any]:
+    from llminfer.bench.kernels import kernels, table
+
+    with RichProgress() as progress:
+        found = kernels(options.target, options.tune, _file(options.out), options.only, progress)
+    return _shown(found, table(found), options)
+
+
+def _selfcheck(options: argparse.Namespace) -> dict[str, Any]:
+    from llminfer.bench.selfcheck import selfcheck, table
+
+    out = _file(options.out) or Path("selfcheck.json")
+    with RichProgress() as progress:
+        found = selfcheck(out, options.only, progress)
+    return _shown(found, [*table(found), f"written to {out}"], options)
+
+
+def _file(text: str | None) -> Path | None:
+    """The file that --out names. Raises UserError if its folder is not there."""
+    if text is not None and not Path(text).resolve().parent.is_dir():
+        raise refuse("--out", text, "must be in a folder that exists")
+    return None if text is None else Path(text)
+
+
+def _shown(found: dict[str, Any], lines: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    if not options.json:
+        print("\n".join(lines))
     return found
 
 

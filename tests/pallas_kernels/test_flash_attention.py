@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.flash_attention_tpu import default_blocks, flash_attention_tpu, make_plan, vmem_bytes
+from pallas_kernels.flash_attention_tpu import clip_blocks, default_blocks, flash_attention_tpu, make_plan, vmem_bytes
 
 SMALL = {"step": 128, "block_q": 256, "block_k": 256}
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -119,6 +119,11 @@ def test_the_public_entry_runs_the_kernel_and_its_default_blocks() -> None:
     args = (draw(1, 40, 4, 128), draw(1, 40, 1, 128), draw(1, 40, 1, 128))
     attend = functools.partial(flash_attention, *args, scale=0.1)
     np.testing.assert_allclose(attend(impl="interpret"), attend(), atol=1e-5)
+
+
+def test_measured_blocks_are_clipped_to_shorter_prompts() -> None:
+    assert clip_blocks({"step": 128, "block_q": 1024, "block_k": 512}, 130, 200) == {"step": 128, "block_q": 256, "block_k": 256}
+    assert clip_blocks(SMALL, 4096, 4096) == SMALL
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16, 71])

@@ -1,0 +1,173 @@
+"""The kernels on standard shapes: what to run, what it reads and computes, and which block sizes to try. Imports jax late."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: sizes for the op's maker; small: other sizes for an interpreter."""
+
+    name: str
+    op: str
+    sizes: dict[str, Any]
+    small: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Work:
+    """run(impl, blocks, *args) does it. args: a shape to be drawn at random, or the array itself. feeds: argument -> output that takes
+    its place in a next call. key: what tuned.toml knows the shape by. hbm_bytes: what it cannot but move."""
+
+    run: Callable[..., Any]
+    args: list[Any]
+    flops: float
+    hbm_bytes: float
+    key: dict[str, int | str]
+    feeds: dict[int, int] = field(default_factory=dict)
+    candidates: list[dict[str, int]] = field(default_factory=list)
+
+
+LLAMA, SMALL = dict(heads=32, kv_heads=8, dim=128), dict(heads=4, kv_heads=2, dim=128)
+PAGED = dict(context=2048, page=128, pool=1024, **LLAMA), dict(page=16, pool=12, **SMALL)
+WIDE = dict(rows=8, inner=4096, columns=14336)
+CASES = [
+    Case("paged_attention.decode", "paged_attention", dict(new=64 * [1], **PAGED[0]), dict(new=[1, 1], context=70, **PAGED[1])),
+    Case("paged_attention.prefill", "paged_attention", dict(new=8 * [256], **PAGED[0]), dict(new=[24], context=40, **PAGED[1])),
+    Case("paged_attention.mixed", "paged_attention", dict(new=56 * [1] + 8 * [256], **PAGED[0]), dict(new=[1, 20], context=40, **PAGED[1])),
+    Case("flash_attention", "flash_attention", dict(batch=1, tokens=4096, **LLAMA), dict(batch=1, tokens=140, **SMALL)),
+    Case(
+        "grouped_matmul",
+        "grouped_matmul",
+        dict(rows=1024, experts=64, inner=2048, columns=1536),
+        dict(rows=32, experts=4, inner=128, columns=128),
+    ),
+    Case("quantized_matmul.int8", "quantized_matmul", dict(bits=8, **WIDE), dict(rows=8, inner=256, columns=256, bits=8)),
+    Case(
+        "quantized_matmul.int4",
+        "quantized_matmul",
+        dict(bits=4, group=128, **WIDE),
+        dict(rows=8, inner=1024, columns=128, bits=4, group=128),
+    ),
+]
+
+
+def make(case: Case, chip: str, small: bool = False) -> Work:
+    """The work of a case for a chip. small: of a size for an interpreter."""
+    return {
+        "paged_attention": paged_attention,
+        "flash_attention": flash_attention,
+        "grouped_matmul": grouped_matmul,
+        "quantized_matmul": quantized_matmul,
+    }[case.op](chip, **(case.small if small else case.sizes))
+
+
+def paged_attention(chip: str, new: list[int], context: int, page: int, pool: int, heads: int, kv_heads: int, dim: int) -> Work:
+    """Sequences with new[i] tokens each, of length `context` with them; their pages lie anywhere among `pool`.
+    The compiler would put a small pool in VMEM."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.paged_attention import paged_attention as op
+
+    rows, seqs, pages = sum(new), len(new), -(-context // page)
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+    table = np.random.default_rng(0).permutation(pool)[: seqs * pages].reshape(seqs, pages).astype(np.int32)
+    starts, lengths = np.cumsum([0, *new[:-1]]).astype(np.int32), np.array(new, np.int32)
+
+    def run(impl, blocks, q, k, v, kv, layer, window, table, start, length, total):
+        static: dict[str, Any] = dict(layer=layer, window=window, scale=dim**-0.5, q_max=max(new), impl=impl)
+        return op(q, k, v, kv, page_table=table, q_start=start, q_len=length, kv_len=total, **static)
+
+    cache, each = shape(1, pool, kv_heads, page, 2 * dim), shape(rows, kv_heads, dim)
+    zero = np.zeros((), np.int32)
+    args = [shape(rows, heads, dim), each, each, cache, zero, zero, table, starts, lengths, np.full(seqs, context, np.int32)]
+    pairs = sum(n * (context - n) + n * (n + 1) / 2 for n in new)
+    moved = 2 * (seqs * context * kv_heads * 2 * dim + 2 * rows * heads * dim + 2 * rows * kv_heads * 2 * dim)
+    return Work(run, args, 4 * dim * heads * pairs, moved, dict(head_dim=dim, group=heads // kv_heads, page=page), {3: 1})
+
+
+def flash_attention(chip: str, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Work:
+    """Causal prompts of `tokens` each."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.flash_attention import flash_attention as op
+
+    shape = lambda heads: jax.ShapeDtypeStruct((batch, tokens, heads, dim), jnp.bfloat16)
+    run = lambda impl, blocks, q, k, v: op(q, k, v, scale=dim**-0.5, blocks=blocks, chip=chip, impl=impl)
+    flops, moved = 4 * dim * heads * batch * tokens * (tokens + 1) / 2, 4 * batch * tokens * dim * (heads + kv_heads)
+    sizes = [(128, 512, 1024), (256, 512, 1024), (256, 1024, 1024), (256, 512, 2048), (256, 1024, 2048), (512, 512, 512), (512, 1024, 1024)]
+    candidates = [dict(step=step, block_q=q, block_k=k) for step, q, k in sizes]
+    key: dict[str, int | str] = dict(head_dim=dim, group=heads // kv_heads, dtype="bfloat16")
+    return Work(run, [shape(heads), shape(kv_heads), shape(kv_heads)], flops, moved, key, candidates=candidates)
+
+
+def grouped_matmul(chip: str, rows: int, experts: int, inner: int, columns: int) -> Work:
+    """Rows over experts, as many for each."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import Blocks
+    from pallas_kernels.grouped_matmul import grouped_matmul as op
+
+    def run(impl, blocks, x, w, counts):
+        return op(x, w, counts, chip=known(chip), blocks=Blocks(**blocks) if blocks else None, impl=impl)
+
+    x, w = (jax.ShapeDtypeStruct(dims, jnp.bfloat16) for dims in ((rows, inner), (1, experts, inner, columns)))
+    counts = np.diff(np.arange(experts + 1) * rows // experts).astype(np.int32)
+    moved = 2 * (experts * inner * columns + rows * (inner + columns))
+    widths = [n for n in (128, 256, 512, 768, 1536, 2048) if columns % n == 0]
+    candidates = [dict(block_m=rows, block_n=n, window=window) for n in widths for window in (32, 64, 128)]
+    key: dict[str, int | str] = dict(experts=experts, inner=inner, columns=columns, rows=rows)
+    return Work(run, [x, w, counts], 2 * rows * inner * columns, moved, key, candidates=candidates)
+
+
+def quantized_matmul(chip: str, rows: int, inner: int, columns: int, bits: int, group: int = 0) -> Work:
+    """bfloat16 rows times int8 or int4 weights, with scales of a column, or of a group of `group`."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.quantized_matmul import quantized_matmul as op
+
+    def run(impl, blocks, x, w, scale):
+        sizes = (blocks["rows"], blocks["inner"], blocks["columns"]) if blocks else None
+        return op(x, w, scale, layer=0, chip=known(chip), blocks=sizes, impl=impl)
+
+    shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
+    scale = shape(jnp.float32, 1, inner // group, columns) if group else shape(jnp.float32, 1, columns)
+    args = [shape(jnp.bfloat16, rows, inner), shape(jnp.int8 if bits == 8 else jnp.int4, 1, inner, columns), scale]
+    moved = inner * columns * bits / 8 + 4 * math.prod(scale.shape) + 2 * rows * (inner + columns)
+    candidates = [dict(rows=rows, inner=k, columns=n) for k in (1024, 2048, 4096) if inner % k == 0 for n in (512, 1024, 2048)]
+    key: dict[str, int | str] = dict(rows=rows, inner=inner, columns=columns, bits=bits, group=group)
+    return Work(run, args, 2 * rows * inner * columns, moved, key, candidates=candidates)
+
+
+def known(chip: str) -> str:
+    """The chip, or where there is none that the kernels know, one whose kernel an interpreter can run."""
+    return chip if chip in ("v4", "v5e", "v5p", "v6e", "tpu7x") else "v5e"
+
+
+def draw(work: Work, seed: int = 0) -> list[Any]:
+    """The arguments as arrays: normal numbers, integers over their whole range; a tenth of that as scales of weights."""
+    import jax
+    import jax.numpy as jnp
+
+    keys, made = jax.random.split(jax.random.key(seed), len(work.args)), []
+    for key, arg in zip(keys, work.args, strict=True):
+        if not hasattr(arg, "sharding"):
+            made.append(jnp.asarray(arg))
+        elif jnp.issubdtype(arg.dtype, jnp.integer):
+            bits = jnp.iinfo(arg.dtype)
+            made.append(jax.random.randint(key, arg.shape, bits.min, bits.max + 1, jnp.int32).astype(arg.dtype))
+        elif arg.dtype == jnp.float32:
+            made.append(jax.random.uniform(key, arg.shape, jnp.float32, 0.001, 0.01))
+        else:
+            made.append(jax.random.normal(key, arg.shape, jnp.float32).astype(arg.dtype))
+    return made
