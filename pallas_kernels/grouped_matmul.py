@@ -226,7 +226,7 @@ def vmem_bytes(shape: Shape, blocks: Blocks) -> int:
     x = m * shape.k * size * (1 if m == shape.m else 2)
     weights = 2 * columns * shape.k * _bits(shape.weight) // 8
     small = 2 * columns * 4 * (ROWS + (0 if not shape.group else max(shape.k // shape.group, ROWS)))
-    unpacked = 2 * 256 * columns * 4 if shape.group else 0
+    unpacked = 4 * 256 * columns * 4 if shape.group else 0
     return x + weights + small + unpacked + 2 * m * n * size + 2 * blocks.window * columns * 4
 
 
@@ -391,7 +391,7 @@ def grouped_matmul_tpu(shape: Shape, blocks: Blocks, x, w, group_sizes, layer, s
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=max(vmem_bytes(shape, blocks), min(16 << 20, CHIPS[shape.chip].vmem)),
+            vmem_limit_bytes=max(vmem_bytes(shape, blocks) * 9 // 8, 14 << 20),
         ),
         cost_estimate=_cost(shape),
         interpret=interpret,
