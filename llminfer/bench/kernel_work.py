@@ -81,9 +81,10 @@ def paged_attention(chip: str, new: list[int], context: int, page: int, pool: in
     table = np.random.default_rng(0).permutation(pool)[: seqs * pages].reshape(seqs, pages).astype(np.int32)
     starts, lengths = np.cumsum([0, *new[:-1]]).astype(np.int32), np.array(new, np.int32)
 
-    def run(impl, blocks, q, k, v, kv, layer, window, table, start, length, total):
-        static: dict[str, Any] = dict(layer=layer, window=window, scale=dim**-0.5, q_max=max(new), impl=impl)
-        return op(q, k, v, kv, page_table=table, q_start=start, q_len=length, kv_len=total, **static)
+    def run(impl, blocks, q, k, v, kv, *integers):
+        names = ("layer", "window", "page_table", "q_start", "q_len", "kv_len")
+        static: dict[str, Any] = dict(scale=dim**-0.5, q_max=max(new), impl=impl)
+        return op(q, k, v, kv, **dict(zip(names, integers, strict=True)), **static)
 
     cache, each = shape(1, pool, kv_heads, page, 2 * dim), shape(rows, kv_heads, dim)
     zero = np.zeros((), np.int32)

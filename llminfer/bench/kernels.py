@@ -91,8 +91,9 @@ def time_once(work: Work, impl: str, blocks: dict[str, int] | None, args: list[A
     while (taken := clock(n)) < seconds and n < 1 << 20:
         n = max(2 * n, int(n * seconds / max(taken, 1e-6)))
     extra = max(1, n // 4)
-    short = min(clock(extra) for _ in range(3))
-    return max(min(clock(n + extra) for _ in range(3)) - short, 1e-9) / n
+    short, long = (min(clock(turns) for _ in range(3)) for turns in (extra, n + extra))
+    each, most = (long - short) / n, long / (n + extra)
+    return each if each > most / 4 else most  # less is noise of a busy machine
 
 
 def measured(case: Case, chip: str, impl: str, blocks: dict[str, int] | None = None) -> dict[str, Any]:
