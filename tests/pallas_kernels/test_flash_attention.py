@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels import tuning
+from pallas_kernels.flash_attention import OTHER_VMEM, VMEM, flash_attention
 from pallas_kernels.flash_attention_tpu import clip_blocks, default_blocks, flash_attention_tpu, make_plan, vmem_bytes
 
 SMALL = {"step": 128, "block_q": 256, "block_k": 256}
@@ -126,6 +127,13 @@ def test_measured_blocks_are_clipped_to_shorter_prompts() -> None:
     assert clip_blocks(SMALL, 4096, 4096) == SMALL
 
 
+@pytest.mark.parametrize("entry", tuning.entries(tuning.FILE)["flash_attention"], ids=lambda entry: f"{entry['chip']}")
+def test_measured_blocks_work(entry: dict) -> None:
+    assert tuning.lookup("flash_attention", keys=4096, **{k: v for k, v in entry.items() if k != "blocks"}) == entry["blocks"]
+    q, k = (jnp.zeros((1, 4096, heads, entry["head_dim"]), entry["dtype"]) for heads in (entry["group"], 1))
+    make_plan(q, k, entry["blocks"], None, True, False, True, VMEM.get(entry["chip"], OTHER_VMEM))
+
+
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16, 71])
 @pytest.mark.parametrize(("dim", "itemsize", "limit"), [(128, 2, 16 << 20), (256, 4, 128 << 20)])
 def test_default_blocks_fit(group: int, dim: int, itemsize: int, limit: int) -> None:
@@ -163,7 +171,8 @@ COMPILE = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels import tuning
+from pallas_kernels.flash_attention import OTHER_VMEM, VMEM, flash_attention
 
 chip, topology, heads, kv_heads, dim, dtype = *sys.argv[1:3], *map(int, sys.argv[3:6]), sys.argv[6]
 mesh = Mesh(np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:1]), ("x",))
