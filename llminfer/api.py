@@ -44,12 +44,13 @@ class LLM:
     def _build(self, progress: Any) -> None:
         from llminfer.engine import Engine
         from llminfer.programs import keep_compiled
-        from llminfer.target import Target, devices
+        from llminfer.target import Target, chip_of, devices
         from sharding.mesh import make_mesh
 
         keep_compiled(cache_root(self.settings.cache_dir) / "xla")
         mesh = as_user_error(make_mesh, self._axes, devices())
-        self.target = Target.of(devices()[0].platform, layout=self.settings.layout, dtype=self.settings.dtype, mesh=mesh)
+        first, s = devices()[0], self.settings
+        self.target = Target.of(first.platform, chip=chip_of(first), layout=s.layout, dtype=s.dtype, mesh=mesh)
         self.engine = Engine(self.config, self.settings, self.target, progress)
 
     # Prompts ----------------------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ LIMITS = {
     "head_dim": 1024,
     "max_position": 2**24,
 }
+MAX_EXPERTS = 4096
 MAX_SINKS = 128
+QUANTIZATIONS = (None, "int8", "int4", "w8a8")
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -90,6 +92,10 @@ class ModelConfig:
     norms on what both give, before it is added. parallel: attention and mlp read the same input and are added together;
     shared_norm: then one norm serves both. residual_scale multiplies what is added to the residual stream.
     mlp: gated: act(gate) * up, else act(up). embed_scale and logit_scale multiply the embeddings and the logits.
+    Experts (num_experts, 0: none): `moe_layers` is a pattern repeated over the layers: where experts, gated and moe_intermediate_size
+    wide, take the place of the mlp. The router scores them by a "softmax" of its logits; a token goes to the experts_per_token best,
+    whose scores are its weights, divided by their sum where norm_topk says so. shared_intermediate_size (0: none): width of an mlp
+    that sees every token beside them; shared_gate: what it gives is multiplied by the sigmoid of a product of the token.
     sink_tokens, sink_window: set by EngineConfig.kv_policy alone: layers of the window sink_window also see the first sink_tokens."""
 
     name: str
@@ -119,6 +125,14 @@ class ModelConfig:
     mlp_bias: bool = False
     gated: bool = True
     activation: str = "silu"
+    num_experts: int = 0
+    experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    moe_layers: tuple[bool, ...] = (True,)
+    router: str = "softmax"
+    norm_topk: bool = False
+    shared_intermediate_size: int = 0
+    shared_gate: bool = False
     attn_scale: float | None = None
     attn_softcap: float | None = None
     logit_softcap: float | None = None
@@ -144,8 +158,10 @@ class ModelConfig:
             raise refuse("rope_layers", self.rope_layers, f"must be integers from -1 (none) to {len(self.ropes) - 1}")
         if 1 != len(self.windows) != len(self.rope_layers) != 1:
             raise refuse("rope_layers", self.rope_layers, f"must have one entry or as many as windows ({len(self.windows)})")
+        self._check_experts()
         if self.period > self.num_layers:
-            raise refuse("windows and rope_layers", self.period, f"must not be longer than num_layers={self.num_layers}")
+            named = "windows, rope_layers and moe_layers" if self.num_experts else "windows and rope_layers"
+            raise refuse(named, self.period, f"must not be longer than num_layers={self.num_layers}")
         for rope in self.ropes:
             pairs = (rope.dim or self.head_dim) // 2
             if pairs * 2 > self.head_dim:
@@ -168,10 +184,31 @@ class ModelConfig:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise refuse("bos/eos token id", token, f"must be from 0 to vocab_size-1={self.vocab_size - 1}")
 
+    def _check_experts(self) -> None:
+        require_integer("num_experts", self.num_experts, 0, MAX_EXPERTS)
+        require_integer("shared_intermediate_size", self.shared_intermediate_size, 0, LIMITS["intermediate_size"])
+        if not self.moe_layers or any(type(x) is not bool for x in self.moe_layers):
+            raise refuse("moe_layers", self.moe_layers, "must be a list of true (experts) and false (an mlp)")
+        _one_of("router", self.router, ("softmax",))
+        if not self.num_experts:
+            for field in ("experts_per_token", "moe_intermediate_size", "shared_intermediate_size"):
+                if getattr(self, field):
+                    raise refuse(field, getattr(self, field), "must be 0 without num_experts")
+            return
+        require_integer("experts_per_token", self.experts_per_token, 1, self.num_experts)
+        require_integer("moe_intermediate_size", self.moe_intermediate_size, 1, LIMITS["intermediate_size"])
+        if not self.gated or self.activation not in ("silu", "gelu_tanh"):
+            raise refuse("activation", self.activation, "experts must be gated, by silu or gelu_tanh")
+        if self.mlp_bias:
+            raise refuse("mlp_bias", True, "experts have no biases")
+
     @property
     def period(self) -> int:
         """Length of the pattern of layers: layer i is of the kind of layer i % period."""
-        return max(len(self.windows), len(self.rope_layers))
+        return math.lcm(max(len(self.windows), len(self.rope_layers)), len(self.moe_layers) if self.num_experts else 1)
+
+    def has_experts(self, layer: int) -> bool:
+        return self.num_experts > 0 and self.moe_layers[layer % len(self.moe_layers)]
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -203,17 +240,22 @@ class ModelConfig:
         norms = self.pre_norm * (1 if self.shared_norm else 2) + 2 * self.post_norm
         qk_norm = {"": 0, "head": 2 * self.head_dim, "heads": q + kv, "full": q + kv}[self.qk_norm]
         up = f * (2 if self.gated else 1)
-        biases = self.qkv_bias * (q + 2 * kv) + self.o_bias * d + self.mlp_bias * (up + d)
-        layer = d * (2 * q + 2 * kv) + d * (up + f) + norms * norm + qk_norm + biases
+        biases = self.qkv_bias * (q + 2 * kv) + self.o_bias * d
+        layer = d * (2 * q + 2 * kv) + norms * norm + qk_norm + biases
+        mlp = d * (up + f) + self.mlp_bias * (up + d)
+        wide = self.num_experts * self.moe_intermediate_size + self.shared_intermediate_size
+        experts = d * (self.num_experts + 3 * wide + self.shared_gate)
         tables = (1 if self.tie_embeddings else 2) * self.vocab_size + self.learned_positions * self.max_position
-        return self.num_layers * layer + tables * d + norm
+        with_experts = sum(self.has_experts(i) for i in range(self.num_layers))
+        return self.num_layers * layer + (self.num_layers - with_experts) * mlp + with_experts * experts + tables * d + norm
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Everything that `LLM(**kw)` and `--set key=value` accept beside the model. Lengths in tokens. profile: a folder for a trace
     of the first steps, which xprof and TensorBoard show. kv_policy: "sinks:4,window:1024" keeps the keys and values of the first 4
-    and the last 1024 tokens only, in layers that would see all (StreamingLLM, arXiv 2309.17453)."""
+    and the last 1024 tokens only, in layers that would see all (StreamingLLM, arXiv 2309.17453). quantize: "int8" and "int4" round the
+    matrices of the layers, by output channel and in groups of 128 (64, 32) inputs; "w8a8" is int8, and tokens are rounded to int8 too."""
 
     slots: int = 8
     context: int | None = None
@@ -247,7 +289,7 @@ class EngineConfig:
             raise refuse("page_size", self.page_size, "must be a power of two from 8 to 1024")
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("layout", self.layout, ("auto", "listed", "stacked"))
-        _one_of("quantize", self.quantize, (None, "int8"))
+        _one_of("quantize", self.quantize, QUANTIZATIONS)
         _one_of("kv_dtype", self.kv_dtype, (None, "float32", "bfloat16"))
         _one_of("speculate", self.speculate, (None,))
         parse_policy(self.kv_policy)
@@ -324,7 +366,7 @@ def from_toml(name: str) -> ModelConfig:
     data = tomllib.loads((folder / f"{name}.toml").read_text())
     if "ropes" in data:
         data["ropes"] = tuple(_rope_of(rope) for rope in data["ropes"])
-    for field in ("windows", "rope_layers", "eos_ids"):
+    for field in ("windows", "rope_layers", "eos_ids", "moe_layers"):
         if field in data:
             data[field] = tuple(data[field])
     return ModelConfig(name=name, **data)

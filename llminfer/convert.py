@@ -123,7 +123,11 @@ def _with_dtype(data: dict[str, Any], dtype: str | None) -> dict[str, Any]:
 
 def _plain(leaf: Any) -> np.ndarray:
     """A QTensor as the float32 matrix that it stands for."""
-    return leaf.q.astype(np.float32) * leaf.scale if hasattr(leaf, "scale") else leaf
+    if not hasattr(leaf, "scale"):
+        return leaf
+    from llminfer.quant import dequantize
+
+    return dequantize(leaf)
 
 
 def _cast(array: Any, dtype: str | None, name: str) -> Any:

@@ -144,7 +144,7 @@ class Engine:
     def load(self, leaves: Iterable[tuple[str, Any]] | None) -> None:
         """Takes weights (named host arrays, see Checkpoint.leaves; None: random ones) and allocates the cache."""
         self._params = placement.load_params(leaves, self.c, self.settings, self.target)
-        self.weights_bytes = sum(x.nbytes for x in jax.tree.leaves(self._params))
+        self.weights_bytes = placement.tree_bytes(self._params)
         self._cache = kv.allocate(self._shapes[1], poison=self.settings.debug)
         self._history = placement.zeros(self._shapes[2])
 

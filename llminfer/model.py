@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from llminfer import moe
 from llminfer.batch import Batch
 from llminfer.cache import KVCache
 from llminfer.config import ModelConfig
 from llminfer.layers import activate, norm, qk_norm, rope_tables, rotate, softcap
 from llminfer.params import Layer, Params
-from llminfer.quant import matmul
+from llminfer.quant import QTensor, Stacked, matmul
 from llminfer.target import Target
 from pallas_kernels.paged_attention import paged_attention
 from sharding.rules import partition
@@ -63,8 +65,12 @@ def _embed(params: Params, batch: Batch, c: ModelConfig, target: Target) -> jax.
 
 
 def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], layer: Any, c: ModelConfig):
-    """The repeats of the layer pattern under one scan. The caches ride in the carry, whole: a kernel picks its layer."""
+    """The repeats of the layer pattern under one scan. The caches ride in the carry, whole: a kernel picks its layer. So do weights that
+    a kernel takes; XLA's own products take slices without a copy."""
     period = len(stacked)
+    by_kernel = lambda name, leaf: isinstance(leaf, QTensor) or name in ("experts_gate_up", "experts_down")
+    whole = [{name: leaf for name, leaf in vars(w).items() if leaf is not None and by_kernel(name, leaf)} for w in stacked]
+    sliced = tuple(replace(w, **dict.fromkeys(kept)) for w, kept in zip(stacked, whole, strict=True))
     windows = [c.groups.index(c.window(place)) for place in range(period)]
     share = [windows.count(group) for group in range(len(groups))]  # layers of each group in one pattern
 
@@ -74,12 +80,13 @@ def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], la
         for place in range(period):
             group = windows[place]
             index = repeat * share[group] + windows[:place].count(group)
-            x, own = layer(weights[place], x, caches[group], index, kind=(group, c.rope(place)))
+            w = replace(weights[place], **{name: Stacked(leaf, repeat) for name, leaf in whole[place].items()})
+            x, own = layer(w, x, caches[group], index, kind=(group, c.rope(place)))
             caches = (*caches[:group], own, *caches[group + 1 :])
         return (x, caches), None
 
     repeats = jax.tree.leaves(stacked)[0].shape[0]
-    (x, caches), _ = jax.lax.scan(body, (x, tuple(groups)), (jnp.arange(repeats, dtype=jnp.int32), stacked))
+    (x, caches), _ = jax.lax.scan(body, (x, tuple(groups)), (jnp.arange(repeats, dtype=jnp.int32), sliced))
     return x, list(caches)
 
 
@@ -99,16 +106,39 @@ def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, ta
         x = add(x, norm(attended, w.attn_post_norm, None, c) if c.post_norm else attended)
         y = norm(x, w.mlp_norm, w.mlp_norm_bias, c) if c.pre_norm else x
     with jax.named_scope("mlp"):
-        y = _linear(y, w.gate_up, w.gate_up_bias, target)
-        if c.gated:
-            gate, up = jnp.split(y, 2, axis=-1)
-            y = activate(gate, c) * up
-        else:
-            y = activate(y, c)
-        y = _linear(y, w.down, w.down_bias, target)
+        y = _mlp(y, w.gate_up, w.down, w, c, target) if w.router is None else _experts(y, w, batch, c, target)
     if c.parallel:
         return add(x, attended + y), kv
     return add(x, norm(y, w.mlp_post_norm, None, c) if c.post_norm else y), kv
+
+
+def _mlp(x: jax.Array, gate_up: Any, down: Any, w: Layer, c: ModelConfig, target: Target) -> jax.Array:
+    y = _linear(x, gate_up, w.gate_up_bias, target)
+    if c.gated:
+        gate, up = jnp.split(y, 2, axis=-1)
+        y = activate(gate, c) * up
+    else:
+        y = activate(y, c)
+    return _linear(y, down, w.down_bias, target)
+
+
+def _experts(x: jax.Array, w: Layer, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
+    """What the experts of each token give, and those that all tokens share."""
+    y = moe.experts(x, owned(batch), w.router, w.experts_gate_up, w.experts_down, c, target)
+    if w.shared_gate_up is None:
+        return y
+    shared = _mlp(x, w.shared_gate_up, w.shared_down, w, c, target)
+    if w.shared_router is not None:
+        precision = jax.lax.Precision.HIGHEST
+        gate = jnp.dot(x, w.shared_router, precision=precision, preferred_element_type=jnp.float32)
+        shared = shared * jax.nn.sigmoid(gate).astype(x.dtype)[:, None]
+    return y + shared
+
+
+def owned(batch: Batch) -> jax.Array:
+    """bool [T]: which rows belong to a sequence."""
+    row = jnp.arange(batch.tokens.shape[0])[:, None]
+    return ((row >= batch.q_start) & (row < batch.q_start + batch.q_len)).any(1)
 
 
 def _attention(w: Layer, x, kv, index, turns, batch: Batch, c: ModelConfig, target: Target, q_max: int, group: int):
@@ -120,9 +150,7 @@ def _attention(w: Layer, x, kv, index, turns, batch: Batch, c: ModelConfig, targ
     sinks: dict[str, Any] = {"q_sinks": turns[1](q)} if c.sinks[group] else {}
     q = turns[0](q)
     scale = dim**-0.5 if c.attn_scale is None else c.attn_scale
-    attend = functools.partial(
-        paged_attention, scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, impl=target.attention
-    )
+    attend = functools.partial(paged_attention, scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, impl=target.kernels)
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
         attend = _by_heads(attend, target.mesh)
     rows = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
@@ -131,7 +159,7 @@ def _attention(w: Layer, x, kv, index, turns, batch: Batch, c: ModelConfig, targ
 
 
 def _linear(x: jax.Array, w: Any, bias: jax.Array | None, target: Target) -> jax.Array:
-    y = matmul(x, w, target.platform)
+    y = matmul(x, w, target)
     return y if bias is None else y + bias
 
 

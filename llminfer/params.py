@@ -16,7 +16,7 @@ from llminfer.config import ModelConfig
 @dataclass(frozen=True)
 class ParamSpec:
     """One weight. shape: sizes; axes: a logical name for each, for sharding; init: "normal" (std `std`), "ones" or "zeros";
-    matrix: [in, out], and what quantization applies to."""
+    matrix: [..., in, out], and what quantization applies to."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -28,7 +28,7 @@ class ParamSpec:
 @flax.struct.dataclass
 class Layer:
     """Weights of one decoder layer; those that a family does not have are None. D hidden, K kv heads, G query heads a kv
-    head, H head_dim, F intermediate, q = K * G * H.
+    head, H head_dim, F intermediate, q = K * G * H. E experts of size M, shared experts of size S together.
 
     qkv [D, K * (G + 2) * H]: for each kv head its G query heads, then its key, then its value, so that one split over
     K shards all three. gate_up [D, 2 * F]: the gate, then the up projection. Matrices are kept 2-D: a TPU pads the
@@ -36,8 +36,14 @@ class Layer:
 
     qkv: Any  # [D, K * (G + 2) * H]
     o: Any  # [q, D]
-    gate_up: Any  # [D, 2 * F], without a gate [D, F]
-    down: Any  # [F, D]
+    gate_up: Any = None  # [D, 2 * F], without a gate [D, F]
+    down: Any = None  # [F, D]
+    router: Any = None  # [D, E]
+    experts_gate_up: Any = None  # [E, D, 2 * M]
+    experts_down: Any = None  # [E, M, D]
+    shared_gate_up: Any = None  # [D, 2 * S]
+    shared_down: Any = None  # [S, D]
+    shared_router: Any = None  # [D]
     attn_norm: Any = None  # [D]
     mlp_norm: Any = None  # [D]
     attn_post_norm: Any = None  # [D]
@@ -66,7 +72,7 @@ class Params:
     final_norm_bias: Any = None  # [D]
 
 
-def layer_specs(c: ModelConfig) -> Layer:
+def layer_specs(c: ModelConfig, number: int) -> Layer:
     """The ParamSpecs of one layer."""
     d, k, g, h, f = c.hidden_size, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim, c.intermediate_size
     deep, up = 0.02 / (2 * c.num_layers) ** 0.5, f * (2 if c.gated else 1)
@@ -75,9 +81,12 @@ def layer_specs(c: ModelConfig) -> Layer:
     specs = dict(
         qkv=ParamSpec((d, k * (g + 2) * h), ("embed", "kv_heads"), matrix=True),
         o=ParamSpec((k * g * h, d), ("kv_heads", "embed"), std=deep, matrix=True),
-        gate_up=ParamSpec((d, up), ("embed", "mlp"), matrix=True),
-        down=ParamSpec((f, d), ("mlp", "embed"), std=deep, matrix=True),
     )
+    if c.has_experts(number):
+        specs |= _expert_specs(c, deep)
+    else:
+        specs["gate_up"] = ParamSpec((d, up), ("embed", "mlp"), matrix=True)
+        specs["down"] = ParamSpec((f, d), ("mlp", "embed"), std=deep, matrix=True)
     before = ["attn_norm", *(() if c.shared_norm else ("mlp_norm",))] if c.pre_norm else []
     for name in (*before, *(("attn_post_norm", "mlp_post_norm") if c.post_norm else ())):
         specs[name] = norm(d, "embed")
@@ -96,13 +105,28 @@ def layer_specs(c: ModelConfig) -> Layer:
     return Layer(**specs)
 
 
+def _expert_specs(c: ModelConfig, deep: float) -> dict[str, ParamSpec]:
+    d, e, m, s = c.hidden_size, c.num_experts, c.moe_intermediate_size, c.shared_intermediate_size
+    specs = dict(
+        router=ParamSpec((d, e), ("embed", "router")),
+        experts_gate_up=ParamSpec((e, d, 2 * m), ("experts", "embed", "expert_mlp"), matrix=True),
+        experts_down=ParamSpec((e, m, d), ("experts", "expert_mlp", "embed"), std=deep, matrix=True),
+    )
+    if s:
+        specs["shared_gate_up"] = ParamSpec((d, 2 * s), ("embed", "mlp"), matrix=True)
+        specs["shared_down"] = ParamSpec((s, d), ("mlp", "embed"), std=deep, matrix=True)
+    if c.shared_gate:
+        specs["shared_router"] = ParamSpec((d,), ("embed",))
+    return specs
+
+
 def param_specs(c: ModelConfig) -> Params:
     """The whole tree of ParamSpecs in the listed layout."""
     vocab, wide = ParamSpec((c.vocab_size, c.hidden_size), ("vocab", "embed")), (c.hidden_size,)
     return Params(
         embed=vocab,
         stacked=(),
-        listed=(layer_specs(c),) * c.num_layers,
+        listed=tuple(layer_specs(c, number) for number in range(c.num_layers)),
         final_norm=ParamSpec(wide, ("embed",), "zeros" if c.norm_offset else "ones"),
         lm_head=None if c.tie_embeddings else vocab,
         positions=ParamSpec((c.max_position, c.hidden_size), ("positions", "embed")) if c.learned_positions else None,
@@ -127,10 +151,9 @@ def stacked_specs(c: ModelConfig) -> Params:
     """The ParamSpecs of the stacked layout."""
     specs = param_specs(c)
     period, repeats = c.period, c.num_layers // c.period
-    deep = jax.tree.map(
-        lambda s: ParamSpec((repeats, *s.shape), ("layers", *s.axes), s.init, s.std, s.matrix), layer_specs(c), is_leaf=is_spec
-    )
-    return replace(specs, stacked=(deep,) * period, listed=specs.listed[repeats * period :])
+    deep = lambda s: ParamSpec((repeats, *s.shape), ("layers", *s.axes), s.init, s.std, s.matrix)
+    stacked = tuple(jax.tree.map(deep, layer, is_leaf=is_spec) for layer in specs.listed[:period])
+    return replace(specs, stacked=stacked, listed=specs.listed[repeats * period :])
 
 
 def abstract(specs: Params, dtype: Any) -> Params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,21 +11,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llminfer import cache, params
 from llminfer.config import EngineConfig, ModelConfig
 from llminfer.errors import UserError, as_user_error
 from llminfer.pages import Pages
-from llminfer.quant import QTensor, quantize_int8
+from llminfer.quant import QTensor, dequantize, quantizer
 from llminfer.target import Target, devices
 from llminfer.weights.assemble import layer_of, leaves_of, params_of
-from sharding.rules import check_divides, sharding
+from sharding.rules import check_divides, sharding, ways
 
 
 def check_mesh(c: ModelConfig, target: Target) -> None:
     """Raises UserError for a mesh that does not divide the model, naming the sizes that would."""
-    as_user_error(check_divides, target.mesh, {"kv_heads": c.num_kv_heads, "mlp": c.intermediate_size, "vocab": c.vocab_size})
+    sizes = {"kv_heads": c.num_kv_heads, "vocab": c.vocab_size, "experts": c.num_experts}
+    dense = not all(c.has_experts(layer) for layer in range(c.num_layers))
+    sizes["mlp"] = math.gcd(c.intermediate_size * dense, c.shared_intermediate_size)
+    as_user_error(check_divides, target.mesh, {axis: size for axis, size in sizes.items() if size})
 
 
 def first_device(target: Target) -> Any:
@@ -39,13 +42,20 @@ def abstract_params(c: ModelConfig, settings: EngineConfig, target: Target) -> A
 
 def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
     where = functools.partial(sharding, target.mesh, device=first_device(target))
-    if spec.matrix and settings.quantize == "int8":
-        scale, axes = spec.shape[:-2] + spec.shape[-1:], spec.axes[:-2] + spec.axes[-1:]
-        return QTensor(
-            jax.ShapeDtypeStruct(spec.shape, jnp.int8, sharding=where(spec.axes)),
-            jax.ShapeDtypeStruct(scale, jnp.float32, sharding=where(axes)),
-        )
-    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(target.dtype), sharding=where(spec.axes))
+    shape = jax.ShapeDtypeStruct(spec.shape, jnp.dtype(target.dtype), sharding=where(spec.axes))
+    rounded = _quantizer(spec, settings, target)
+    if rounded is None:
+        return shape
+    made = jax.eval_shape(rounded, shape)
+    groups = spec.axes[-2] if made.scale.shape[-2] > 1 else None
+    by_group = where((*spec.axes[:-2], groups, spec.axes[-1]))
+    placed = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
+    return replace(made, q=placed(made.q, where(spec.axes)), scale=placed(made.scale, by_group))
+
+
+def _quantizer(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
+    """What makes a QTensor of a weight, None for one that stays as it is."""
+    return quantizer(settings.quantize, spec.axes, ways(target.mesh, spec.axes[-2]), target) if spec.matrix else None
 
 
 def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, totals: tuple[int, ...]) -> cache.KVCache:
@@ -60,6 +70,11 @@ def abstract_history(settings: EngineConfig, target: Target, context: int) -> An
     """The int32 [slots, context] of each slot's tokens, on every device."""
     where = sharding(target.mesh, (), first_device(target))
     return jax.ShapeDtypeStruct((settings.slots, context), jnp.int32, sharding=where)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of the arrays, or shapes, of a tree. Two int4 share a byte."""
+    return sum((x.size + 1) // 2 if x.dtype == jnp.int4 else x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def zeros(shapes: Any) -> Any:
@@ -78,19 +93,32 @@ def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, setting
         return _place_leaves(found, specs, c, settings, target)
     key = jax.random.key(settings.seed % 2**63)
     placed = jax.jit(lambda k: params.init(specs, k, dtype), out_shardings=places)(key)
-    if settings.quantize == "int8":
-        round_off = jax.jit(quantize_int8)
-        placed = jax.tree.map(lambda s, x: round_off(x) if s.matrix else x, specs, placed, is_leaf=params.is_spec)
+    rounders = _rounders(settings, target)
+    placed = jax.tree.map(lambda s, x: rounders(s)(x), specs, placed, is_leaf=params.is_spec)
     if target.stacked:
         placed = params.stack(placed, c)
     wanted = abstract_params(c, settings, target)
     return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), placed, wanted)
 
 
+def _rounders(settings: EngineConfig, target: Target) -> Any:
+    """spec -> the compiled function that quantizes such a weight, or gives it back."""
+    compiled: dict[Any, Any] = {}
+
+    def of(spec: params.ParamSpec) -> Any:
+        key = (spec.axes, spec.matrix)
+        if key not in compiled:
+            rounded = _quantizer(spec, settings, target)
+            compiled[key] = (lambda x: x) if rounded is None else jax.jit(rounded)
+        return compiled[key]
+
+    return of
+
+
 def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
     wanted, dtype = abstract_params(c, settings, target), jnp.dtype(target.dtype)
     spec_of = dict(leaves_of(specs))
-    round_off, widen = jax.jit(quantize_int8), jax.jit(lambda x: x.astype(dtype))
+    rounders, widen = _rounders(settings, target), jax.jit(lambda x: x.astype(dtype))
     # An update of a slice and not a scatter, for which XLA:CPU would convert a whole bfloat16 array.
     write_one = lambda whole, x, i: jax.lax.dynamic_update_index_in_dim(whole, x, i, 0)
     write = jax.jit(lambda whole, x, i: jax.tree.map(functools.partial(write_one, i=i), whole, x), donate_argnums=0)
@@ -100,15 +128,13 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
     for name, array in found:
         spec = spec_of[name]
         if isinstance(array, QTensor):  # as our own checkpoints hold it
-            array = array.q.astype(np.float32) * array.scale
+            array = dequantize(array)
         if array.dtype.itemsize > dtype.itemsize:  # made narrower before, and wider after it travels
             array = array.astype(dtype)
         # On a CPU an array that is ours alone becomes the weight; a mapped file is copied, once and for all.
         x = jax.device_put(array, sharding(target.mesh, spec.axes, first_device(target)), may_alias=array.flags.writeable)
-        x = x if x.dtype == dtype else widen(x)
+        x = rounders(spec)(x if x.dtype == dtype else widen(x))
         del array
-        if spec.matrix and settings.quantize == "int8":
-            x = round_off(x)
         number, leaf = layer_of(name)
         if number is not None and number < under_scan:
             layer = stacked[number % c.period]
@@ -135,7 +161,7 @@ def pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, target: Tar
 
     fixed = sum(sliding(g) * cache.page_bytes(c, size, itemsize, g) for g, w in enumerate(c.groups) if w)
     page = sum(cache.page_bytes(c, size, itemsize, g) for g, w in enumerate(c.groups) if not w)
-    weight_bytes = c.num_params * jnp.dtype(target.dtype).itemsize
+    weight_bytes = tree_bytes(abstract_params(c, settings, target))
     memory = _memory(target)
     spare = memory * 0.92 - weight_bytes - fixed
     wanted = settings.slots * per_sequence if settings.pages is None else settings.pages

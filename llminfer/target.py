@@ -7,35 +7,54 @@ from typing import Any
 
 import jax
 
+# What a TPU calls itself (jax.Device.device_kind) -> its name here and in configs/chips.toml.
+CHIPS = {
+    **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"},
+    **{"TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"},
+}
+
 
 @dataclass(frozen=True)
 class Target:
-    """platform: tpu | gpu | cpu. attention: the body of paged_attention. stacked: layers under a scan (TPU), else
-    unrolled (GPU and CPU, where XLA copies every slice of a stacked weight). dtype: of weights and cache. ahead: a step is sent before
-    the last one is read; not on a GPU, where the host drives the loops of a program, so that sending waits (LOG.md: 1.1x slower).
-    mesh: a jax.sharding.Mesh, or None for one device."""
+    """platform: tpu | gpu | cpu. kernels: the body that kernels take: "pallas" (TPU), "interpret" (the same on a CPU), "reference", or
+    "batched" (the reference too, attention of all sequences that decode at once: GPU). stacked: layers under a scan (TPU), else
+    unrolled (GPU and CPU, where XLA copies every slice of a stacked weight). dtype: of weights and cache. chip: the name of a TPU,
+    v4, v5e, v5p, v6e or tpu7x. ahead: a step is sent before the last one is read; not on a GPU, where the host drives the loops of a
+    program, so that sending waits (LOG.md: 1.1x slower). mesh: a jax.sharding.Mesh, or None for one device."""
 
     platform: str
-    attention: str
+    kernels: str
     stacked: bool
     dtype: str
+    chip: str | None = None
     ahead: bool = True
     mesh: Any = None
 
     @classmethod
-    def of(cls, platform: str, *, layout: str = "auto", dtype: str = "auto", mesh: Any = None) -> Target:
+    def of(cls, platform: str, *, chip: str | None = None, layout: str = "auto", dtype: str = "auto", mesh: Any = None) -> Target:
         """The target for a platform name as jax.Device.platform gives it; "auto" fields take the platform's best."""
         platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
         return cls(
             platform=platform,
-            attention={"tpu": "pallas", "gpu": "batched"}.get(platform, "reference"),
+            kernels={"tpu": "pallas", "gpu": "batched"}.get(platform, "reference"),
             stacked=platform == "tpu" if layout == "auto" else layout == "stacked",
             dtype=("float32" if platform == "cpu" else "bfloat16") if dtype == "auto" else dtype,
+            chip=chip,
             ahead=platform != "gpu",
             mesh=mesh,
         )
+
+    @property
+    def body(self) -> str:
+        """The body of kernels that know no "batched"."""
+        return "reference" if self.kernels == "batched" else self.kernels
 
 
 def devices() -> list[Any]:
     """The devices of this process: the one place that looks at what there is."""
     return jax.devices()
+
+
+def chip_of(device: Any) -> str | None:
+    """The name of a TPU, None for other devices and for a TPU that is not known here."""
+    return CHIPS.get(device.device_kind) if device.platform == "tpu" else None

@@ -78,8 +78,8 @@ def test_the_tpu_kernel_serves_the_same_tokens_in_the_interpreter() -> None:
     c = dataclasses.replace(from_toml("tiny_window"), num_layers=3, head_dim=64)
     settings = EngineConfig(slots=2, context=64, chunk=16, decode_steps=3, kv_policy="sinks:3,window:10")
     found = []
-    for attention in ("reference", "batched", "interpret"):
-        engine = Engine(c, settings, dataclasses.replace(Target.of("cpu", layout="stacked"), attention=attention))
+    for kernels in ("reference", "batched", "interpret"):
+        engine = Engine(c, settings, dataclasses.replace(Target.of("cpu", layout="stacked"), kernels=kernels))
         engine.load(None)
         params = SamplingParams(max_tokens=4, ignore_eos=True)
         sequences = [engine.add(engine.check(prompt, params), params)[0] for prompt in (prompts()[3], prompts()[7])]

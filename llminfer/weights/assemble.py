@@ -32,8 +32,10 @@ Leaf = tuple[str, np.ndarray]
 FUSED = {
     **{"qkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias")},
     **{"gate_up": ("gate", "up"), "gate_up_bias": ("gate_bias", "up_bias")},
+    **{"experts_gate_up": ("experts_gate", "experts_up"), "shared_gate_up": ("shared_gate", "shared_up")},
 }
-MATRICES = ("qkv", "o", "gate_up", "down")
+MATRICES = ("qkv", "o", "gate_up", "down", "router", "shared_gate_up", "shared_down")
+EXPERTS = ("experts_gate_up", "experts_down")  # matrices, one an expert
 SHOWN_DIFFERENCES = 10
 # A transposed copy in square tiles touches each cache line once; whole rows would touch it once an element.
 TILE = 128
@@ -61,7 +63,7 @@ def part_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     d, f, h, heads, kv_heads = c.hidden_size, c.intermediate_size, c.head_dim, c.num_heads, c.num_kv_heads
     q, kv = heads * h, kv_heads * h
     layer: dict[str, tuple[int, ...]] = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
-    layer |= {"up": (f, d), "down": (d, f)} | ({"gate": (f, d)} if c.gated else {})
+    mlp: dict[str, tuple[int, ...]] = {"up": (f, d), "down": (d, f)} | ({"gate": (f, d)} if c.gated else {})
     before = ("attn_norm", *(() if c.shared_norm else ("mlp_norm",))) if c.pre_norm else ()
     layer |= dict.fromkeys((*before, *(("attn_post_norm", "mlp_post_norm") if c.post_norm else ())), (d,))
     if c.norm_bias:
@@ -70,15 +72,22 @@ def part_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         norms = {"head": ((h,), (h,)), "heads": ((heads, h), (kv_heads, h)), "full": ((q,), (kv,))}
         layer |= dict(zip(("q_norm", "k_norm"), norms[c.qk_norm], strict=True))
     biased = [*("qkv" if c.qkv_bias else ""), *("o" if c.o_bias else "")]
-    biased += ([*(("gate",) if c.gated else ()), "up", "down"]) if c.mlp_bias else []
     layer |= {f"{name}_bias": layer[name][:1] for name in biased}
+    mlp |= {f"{name}_bias": shape[:1] for name, shape in mlp.items()} if c.mlp_bias else {}
     shapes: dict[str, tuple[int, ...]] = {"embed": (c.vocab_size, d)}
     if c.learned_positions:
         shapes["positions"] = (c.max_position, d)
     for i in range(c.num_layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in (layer | (_expert_parts(c) if c.has_experts(i) else mlp)).items()}
     shapes |= {"final_norm": (d,)} | ({"final_norm_bias": (d,)} if c.norm_bias else {})
     return shapes if c.tie_embeddings else shapes | {"lm_head": (c.vocab_size, d)}
+
+
+def _expert_parts(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    d, e, m, s = c.hidden_size, c.num_experts, c.moe_intermediate_size, c.shared_intermediate_size
+    parts: dict[str, tuple[int, ...]] = {"router": (e, d), "experts_gate": (e, m, d), "experts_up": (e, m, d), "experts_down": (e, d, m)}
+    shared = {"shared_gate": (s, d), "shared_up": (s, d), "shared_down": (d, s)} if s else {}
+    return parts | shared | ({"shared_router": (1, d)} if c.shared_gate else {})
 
 
 def leaf_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -178,8 +187,13 @@ def _read_leaf(source: Source, c: ModelConfig, name: str) -> np.ndarray:
 def join(parts: list[np.ndarray], leaf: str, c: ModelConfig) -> np.ndarray:
     """One leaf of its parts: see FUSED. Never a view of a part, unless it is the very part."""
     k, g, h = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
-    if leaf in ("q_norm", "k_norm"):
+    if leaf in ("q_norm", "k_norm", "shared_router"):
         return np.ascontiguousarray(parts[0]).reshape(-1)
+    if leaf in EXPERTS:
+        out = np.empty((len(parts[0]), parts[0].shape[2], sum(part.shape[1] for part in parts)), parts[0].dtype)
+        for expert, matrix in enumerate(out):
+            matrix[:] = join([part[expert] for part in parts], leaf.removeprefix("experts_"), c)
+        return out
     if leaf not in MATRICES:
         if leaf.startswith("qkv"):
             return np.concatenate([x.reshape(k, -1, h) for x in parts], axis=1).reshape(-1)
@@ -206,6 +220,11 @@ def split(leaf: str, array: np.ndarray, c: ModelConfig) -> dict[str, np.ndarray]
     names = FUSED.get(leaf, (leaf,))
     if leaf in ("q_norm", "k_norm"):
         return {leaf: array.reshape(-1, h) if c.qk_norm == "heads" else array}
+    if leaf == "shared_router":
+        return {leaf: array[None]}
+    if leaf in EXPERTS:
+        pieces = np.split(array.swapaxes(1, 2), len(names), axis=1)
+        return {name: np.ascontiguousarray(piece) for name, piece in zip(names, pieces, strict=True)}
     rows = array.T if leaf in MATRICES else array  # [out, ...]
     if leaf.startswith("qkv"):
         by_head = rows.reshape(k, g + 2, h, *rows.shape[1:])

@@ -251,6 +251,39 @@ def _internlm_rotary(data: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "rope_theta": rotary.get("base", 10000), "rope_scaling": scaling}
 
 
+def _where_switched(f: Fields, count: int) -> Layers:
+    """All layers slide where use_sliding_window says so."""
+    return [(SLIDING if f.flag("use_sliding_window") and f.value("sliding_window") is not None else FULL, True)] * count
+
+
+def _qwen2_moe(f: Fields, count: int) -> Layers:
+    """Where the window is used, every second layer before max_window_layers slides."""
+    first, slides = f.integer("max_window_layers", 0) or 0, f.flag("use_sliding_window") and f.value("sliding_window") is not None
+    types = _types(f, count, [SLIDING if slides and i % 2 == 0 and i < first else FULL for i in range(count)])
+    if not slides and SLIDING in types:
+        raise f.refuse("layer_types", SLIDING, "needs use_sliding_window and sliding_window")
+    return [(kind, True) for kind in types]
+
+
+def _experts(f: Fields, fields: dict[str, Any]) -> dict[str, Any]:
+    """Experts in every decoder_sparse_step-th layer that is not among mlp_only_layers."""
+    step, dense = f.integer("decoder_sparse_step") or 1, f.value("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        raise f.refuse("mlp_only_layers", dense, "must be a list of layer numbers")
+    count, number = fields["num_layers"], f.required("num_experts")
+    layers = tuple((i + 1) % step == 0 and i not in dense for i in range(count))
+    found = {
+        "num_experts": number if any(layers) else 0,
+        "experts_per_token": f.required("num_experts_per_tok"),
+        "moe_intermediate_size": f.integer("moe_intermediate_size") or fields["intermediate_size"],
+        "moe_layers": layers[: next(p for p in range(1, count + 1) if all(layers[i] == layers[i - p] for i in range(p, count)))],
+        "norm_topk": f.flag("norm_topk_prob"),
+        "shared_intermediate_size": f.integer("shared_expert_intermediate_size", 0) or 0,
+    }
+    found["shared_gate"] = found["shared_intermediate_size"] > 0
+    return found if any(layers) else {}
+
+
 def _no_rope(f: Fields, count: int) -> Layers:
     return [(FULL, False)] * count
 
@@ -276,6 +309,8 @@ GEMMA2 = Family(
     layers=_alternating,
     more=_gemma,
 )
+MOE: dict[str, Any] = dict(names={"num_local_experts": "num_experts"}, more=_experts)
+TRAINING = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
 GEMMA3_SIZES = {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8}
 GEMMA3: dict[str, Any] = dict(
     defaults={**GEMMA2.defaults, **GEMMA3_SIZES, "max_position_embeddings": 131072, "sliding_window_pattern": 6}
@@ -309,6 +344,29 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": Family({"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}, layers=_all_slide),
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": Family({**QWEN2.defaults, "head_dim": 128}, fields={"qk_norm": "head"}, flags=ATTENTION_BIAS, layers=_qwen),
+    "Qwen2MoeForCausalLM": Family(
+        {**QWEN2.defaults, "num_key_value_heads": 16, "shared_expert_intermediate_size": 5632, "moe_intermediate_size": 1408}
+        | {"num_experts": 60, "num_experts_per_tok": 4, "qkv_bias": True},
+        **MOE,
+        flags={"qkv_bias": ("qkv_bias",)},
+        layers=_qwen2_moe,
+        ignored=TRAINING,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        {**QWEN2.defaults, "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
+        **MOE,
+        fields={"qk_norm": "head"},
+        flags=ATTENTION_BIAS,
+        layers=_where_switched,
+        ignored=("max_window_layers", *TRAINING),
+    ),
+    "MixtralForCausalLM": Family(
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+        | {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True},
+        **MOE,
+        layers=_all_slide,
+        ignored=TRAINING,
+    ),
     "GemmaForCausalLM": Family(
         {"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192, "hidden_act": "gelu", **GEMMA_TOKENS},
         fields={"norm_offset": 1.0},

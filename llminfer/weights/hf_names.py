@@ -26,15 +26,15 @@ OTHER_MODES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 class Names:
     """The names of one family. modules: inside a layer, module -> the parts whose rows it joins; top: part -> module outside;
     layer: the prefix of layer {}. by_head: modules whose rows go by kv head: its queries, its key, its value. columns: matrices
-    are stored [in, out] (Conv1D). per_head: one module for each head holds its row of the part. optional: a prefix of
-    all names that some checkpoints leave out. interleaved: rotary pairs are elements (0, 1), (2, 3), ..."""
+    are stored [in, out] (Conv1D). each: part -> the module {} that holds a row of it: a head's norm, an expert's matrix. optional: a
+    prefix of all names that some checkpoints leave out. interleaved: rotary pairs are elements (0, 1), (2, 3), ..."""
 
     modules: Mapping[str, tuple[str, ...]]
     top: Mapping[str, str]
     layer: str = "model.layers.{}."
     by_head: tuple[str, ...] = ()
     columns: bool = False
-    per_head: Mapping[str, str] = field(default_factory=dict)
+    each: Mapping[str, str] = field(default_factory=dict)
     optional: str = ""
     interleaved: bool = False
 
@@ -56,7 +56,7 @@ OLMO2 = Names(ATTENTION | QK_NORM | MLP | POST_NORMS, TOP)
 GEMMA2 = Names(ATTENTION | QK_NORM | MLP | POST_NORMS | _modules(attn_norm="input_layernorm", mlp_norm="pre_feedforward_layernorm"), TOP)
 COHERE = Names(LLAMA.modules, TOP, interleaved=True)
 STABLELM = Names(
-    ATTENTION | MLP | NORMS, TOP, per_head={"q_norm": "self_attn.q_layernorm.norms.", "k_norm": "self_attn.k_layernorm.norms."}
+    ATTENTION | MLP | NORMS, TOP, each={"q_norm": "self_attn.q_layernorm.norms.{}", "k_norm": "self_attn.k_layernorm.norms.{}"}
 )
 PHI3 = Names(
     {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
@@ -93,6 +93,21 @@ EXAONE = Names(
     {"embed": "transformer.wte", "final_norm": "transformer.ln_f", "lm_head": "lm_head"},
     layer="transformer.h.{}.",
 )
+QWEN_MOE = Names(
+    ATTENTION
+    | QK_NORM
+    | MLP
+    | NORMS
+    | _modules(router="mlp.gate", shared_gate="mlp.shared_expert.gate_proj", shared_up="mlp.shared_expert.up_proj")
+    | _modules(shared_down="mlp.shared_expert.down_proj", shared_router="mlp.shared_expert_gate"),
+    TOP,
+    each={f"experts_{name}": f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
+)
+MIXTRAL = Names(
+    ATTENTION | NORMS | _modules(router="block_sparse_moe.gate"),
+    TOP,
+    each={f"experts_{name}": f"block_sparse_moe.experts.{{}}.{own}" for name, own in (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
+)
 # Architectures whose names are not Llama's.
 OTHERS = {
     **dict.fromkeys(("Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM"), OLMO2),
@@ -100,6 +115,7 @@ OTHERS = {
     **dict.fromkeys(("CohereForCausalLM", "Cohere2ForCausalLM"), COHERE),
     **{"StableLmForCausalLM": STABLELM, "Phi3ForCausalLM": PHI3, "Starcoder2ForCausalLM": STARCODER2, "GPT2LMHeadModel": GPT2},
     **{"GPTNeoXForCausalLM": GPT_NEOX, "InternLM2ForCausalLM": INTERNLM2, "ExaoneForCausalLM": EXAONE},
+    **{"Qwen2MoeForCausalLM": QWEN_MOE, "Qwen3MoeForCausalLM": QWEN_MOE, "MixtralForCausalLM": MIXTRAL},
 }
 
 
@@ -133,9 +149,10 @@ def stored_tensors(architecture: str, c: ModelConfig) -> dict[str, Tensor]:
         for module, parts in names.modules.items():
             how = "heads" if module in names.by_head else "columns" if names.columns else "rows"
             add(prefix + module, tuple(f"layers.{i}.{part}" for part in parts), how)
-        for part, module in names.per_head.items():
-            for head in range(shapes.get(f"layers.{i}.{part}", (0,))[0]):
-                found[f"{prefix}{module}{head}.weight"] = Tensor((c.head_dim,), (f"layers.{i}.{part}#{head}",))
+        for part, module in names.each.items():
+            rows, *shape = shapes.get(f"layers.{i}.{part}", (0,))
+            for row in range(rows):
+                found[f"{prefix}{module.format(row)}.weight"] = Tensor(tuple(shape), (f"layers.{i}.{part}#{row}",))
     return found
 
 

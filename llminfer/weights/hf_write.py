@@ -23,9 +23,12 @@ MODEL_TYPES = {
     **{"StableLmForCausalLM": "stablelm", "Starcoder2ForCausalLM": "starcoder2", "GPT2LMHeadModel": "gpt2"},
     **{"GPTNeoXForCausalLM": "gpt_neox", "Exaone4ForCausalLM": "exaone4"},
     **{"CohereForCausalLM": "cohere", "Cohere2ForCausalLM": "cohere2"},
+    **{"MixtralForCausalLM": "mixtral", "Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3MoeForCausalLM": "qwen3_moe"},
 }
 # Readings of layers whose window and type are both written.
 BY_TYPE = (hf_config._alternating, hf_config._qwen, hf_config._rope_where_sliding, hf_config._smollm3, hf_config._cohere2)
+BY_TYPE += (hf_config._qwen2_moe,)
+SWITCHED = (hf_config._qwen, hf_config._smollm3, hf_config._qwen2_moe)
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
@@ -71,11 +74,13 @@ def _layers(c: ModelConfig, family: Family) -> dict[str, Any]:
     window = max(c.windows)
     if family.layers is hf_config._all_slide:
         return {"sliding_window": window or None}
+    if family.layers is hf_config._where_switched:
+        return {"sliding_window": window or None, "use_sliding_window": window > 0}
     if family.layers not in BY_TYPE:
         return {}
     rotary = {"no_rope_layers": [int(c.rope(i) >= 0) for i in range(c.num_layers)]} if family.layers is hf_config._smollm3 else {}
     types = [SLIDING if c.window(i) else FULL for i in range(c.num_layers)]
-    switch = {"use_sliding_window": window > 0} if family.layers in (hf_config._qwen, hf_config._smollm3) else {}
+    switch = {"use_sliding_window": window > 0} if family.layers in SWITCHED else {}
     return {**rotary, **switch, "sliding_window": window or None, "layer_types": types}
 
 
@@ -113,6 +118,12 @@ def _scaling(rope: Rope) -> dict[str, Any]:
     return scaling
 
 
+def _experts(c: ModelConfig) -> dict[str, Any]:
+    sizes = {"num_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token, "moe_intermediate_size": c.moe_intermediate_size}
+    dense = [i for i in range(c.num_layers) if not c.has_experts(i)]
+    return {**sizes, "norm_topk_prob": c.norm_topk, "mlp_only_layers": dense}
+
+
 def _gemma(c: ModelConfig) -> dict[str, Any]:
     scalar = c.head_dim if c.attn_scale is None else round(c.attn_scale**-2, 6)
     return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
@@ -126,4 +137,7 @@ EXTRA: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "StableLmForCausalLM": lambda c: {"qk_layernorm": c.qk_norm == "heads"},
     "CohereForCausalLM": lambda c: {"use_qk_norm": c.qk_norm == "heads"},
     "GPT2LMHeadModel": lambda c: {"scale_attn_weights": c.attn_scale is None},
+    "MixtralForCausalLM": lambda c: {"num_local_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token},
+    "Qwen2MoeForCausalLM": lambda c: {**_experts(c), "shared_expert_intermediate_size": c.shared_intermediate_size},
+    "Qwen3MoeForCausalLM": _experts,
 }

@@ -2,7 +2,8 @@
 files, so that it is a whole model. Written whole or not at all; see saving.
 
 The Orbax tree is the listed layout of llminfer.params: {"embed": ..., "layers": {"0": {"qkv": ..., ...}, ...}, ...}, a QTensor as
-{"q": int8, "scale": float32}; a weight that the family does not have is left out. Imports jax and orbax only to read or write weights.
+{"q": int8 or int4, "scale": float32}; a weight that the family does not have is left out. Imports jax and orbax only
+to read or write weights.
 """
 
 from __future__ import annotations
@@ -139,8 +140,11 @@ def _groups(stored: Any, config: ModelConfig, directory: Path) -> dict[str | Non
 def _shape(leaf: Any) -> tuple[int, ...]:
     """The shape of a leaf from its metadata; of a QTensor that of the matrix, () for what is neither."""
     if isinstance(leaf, dict):
-        whole = tuple(sorted(leaf)) == QUANTIZED and leaf["scale"].shape == leaf["q"].shape[-1:]
-        return tuple(leaf["q"].shape) if whole else ()
+        if tuple(sorted(leaf)) != QUANTIZED:
+            return ()
+        q, scale = tuple(leaf["q"].shape), tuple(leaf["scale"].shape)
+        whole = len(q) == len(scale) > 1 and (*scale[:-2], scale[-1]) == (*q[:-2], q[-1]) and scale[-2] and q[-2] % scale[-2] == 0
+        return q if whole else ()
     return tuple(getattr(leaf, "shape", ()))
 
 

@@ -179,6 +179,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**RMS, "sliding_window": None, "sliding_window_pattern": None}
         | {"layer_types": ["full_attention"] * 4, "rope_parameters": default_rope(900.0), "tie_word_embeddings": True},
     ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {**RMS, "num_hidden_layers": 6, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "decoder_sparse_step": 2}
+        | {"shared_expert_intermediate_size": 56, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 5}
+        | {"rope_parameters": default_rope(3000.0)},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {**RMS, "head_dim": 24, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
+        | {"mlp_only_layers": [1], "rope_parameters": default_rope(3000.0)},
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {**RMS, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": WINDOW, "rope_parameters": default_rope(900.0)},
+    ),
 }
 
 
