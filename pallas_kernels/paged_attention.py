@@ -10,6 +10,14 @@ not there (StreamingLLM: Xiao et al., arXiv 2309.17453).
     q [T, Hq, D]   k, v [T, Hkv, D]   kv [L, P, Hkv, page, 2 * D]: keys in lanes 0..D-1, values in lanes D..2*D-1
     page_table int32 [R, pages_per_sequence]   q_start, q_len, kv_len int32 [R]   layer, window int32 scalars   q_sinks like q
 
+What may be asked for beside that:
+    sink_logits [Hq]   one more key without a value in each head's softmax (gpt-oss)
+    tree int32 [T, W]  the new tokens of a sequence are the nodes of a tree (drafts to be verified): bit j of the words of a row says
+                       whether it sees the j-th new token of its sequence. A row sees itself and its ancestors, which lie before it, and its
+                       position is its depth behind the context; a window must be longer than the tree is deep
+    kv_scale float32 [L, P, 2 * Hkv]   a cache of int8 or float8_e4m3fn with scales by page and head (kv_scales.py)
+    with_lse           the logarithm of each row's sum of exponentials, float32 [T, Hq], by which parts of a context are merged
+
 Keys and values share the lanes of one row so that a token of one head is one contiguous vector: head_dim 64 then fills
 the 128 lanes of a TPU register, and a page is one transfer. Online softmax: Milakov and Gimelshein, arXiv 1805.02867;
 pages: Kwon et al., arXiv 2309.06180.
@@ -27,6 +35,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import kv_scales
+
 # Tokens of context that the reference handles at a time, for sequences that decode and for chunks; and query rows of a
 # chunk at a time. The best on XLA:CPU of 32 to 640 (LOG.md).
 DECODE_BLOCK, PREFILL_BLOCK = 128, 256
@@ -35,26 +45,76 @@ _NEG = -1e30
 
 
 def paged_attention(
-    q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, q_max, softcap=None, sinks=0, q_sinks=None, impl="reference"
+    q,
+    k,
+    v,
+    kv,
+    *,
+    layer,
+    page_table,
+    q_start,
+    q_len,
+    kv_len,
+    window,
+    scale,
+    q_max,
+    softcap=None,
+    sinks=0,
+    q_sinks=None,
+    sink_logits=None,
+    tree=None,
+    kv_scale=None,
+    kv_splits=1,
+    with_lse=False,
+    debug=False,
+    impl="reference",
 ):
-    """Writes k and v into kv and attends. Returns (out [T, Hq, D] of q's dtype, kv); rows of T that belong to no
-    sequence come back as zeros. q_max: static bound of q_len (1: pure decode). softcap: scores become
-    softcap * tanh(scores / softcap). sinks: static. Raises ValueError for shapes that cannot work."""
+    """Writes k and v into kv and attends. Returns (out [T, Hq, D] of q's dtype, kv), then kv_scale if it was given, then the sums if
+    with_lse; rows of T that belong to no sequence come back as zeros.
+
+    q_max: static bound of q_len (1: pure decode). softcap: scores become softcap * tanh(scores / softcap). sinks: static.
+    kv_splits: static, parts in which the TPU kernel looks at the context of a sequence that decodes. debug: a sequence with a page id,
+    length or window that cannot be is not touched, and its rows come back as NaN. Raises ValueError for shapes that cannot work."""
     check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max)
-    args = dict(layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len, window=window)
-    args |= dict(scale=scale, softcap=softcap, q_max=q_max)
-    if sinks and (q_sinks is None or q_sinks.shape != q.shape):
-        raise ValueError(f"q_sinks {None if q_sinks is None else q_sinks.shape}: must be {q.shape}, as q, where there are sinks")
+    check_options(q, kv, window, sinks, q_sinks, sink_logits, tree, kv_scale, kv_splits)
+    sound = None
+    if debug:
+        sound = _sound(q.shape[0], kv, layer, page_table, q_start, q_len, kv_len, window)
+        q_len = jnp.where(sound, q_len, 0)
+    args: dict[str, Any] = dict(layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len, window=window)
+    args |= dict(scale=scale, softcap=softcap, q_max=q_max, sinks=sinks, q_sinks=q_sinks, sink_logits=sink_logits, tree=tree)
     if impl in ("reference", "batched"):
-        return paged_attention_reference(q, k, v, kv, **args, sinks=sinks, q_sinks=q_sinks, batched=impl == "batched")
-    if impl not in ("pallas", "interpret"):
+        out, kv, kv_scale, lse = paged_attention_reference(q, k, v, kv, **args, kv_scale=kv_scale, batched=impl == "batched")
+    elif impl in ("pallas", "interpret"):
+        from jax.experimental.pallas import tpu as pltpu
+
+        from pallas_kernels.paged_attention_tpu import paged_attention_tpu
+
+        mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
+        args |= dict(kv_scale=kv_scale, kv_splits=kv_splits, with_lse=with_lse)
+        out, kv, kv_scale, lse = paged_attention_tpu(q, k, v, kv, **args, interpret=mode)
+    else:
         raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret")
-    from jax.experimental.pallas import tpu as pltpu
+    if sound is not None:
+        out = _spoil(out, sound, q_start)
+    return (out, kv, *([] if kv_scale is None else [kv_scale]), *([lse] if with_lse else []))
 
-    from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 
-    mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
-    return paged_attention_tpu(q, k, v, kv, **args, sinks=sinks, q_sinks=q_sinks, interpret=mode)
+def _sound(tokens, kv, layer, page_table, q_start, q_len, kv_len, window):
+    """Which sequences [R] have rows, lengths and page ids that exist."""
+    pages, page = kv.shape[1], kv.shape[3]
+    low = jnp.where(window > 0, jnp.maximum(kv_len - q_len - window + 1, 0), 0) // page
+    place = jnp.arange(page_table.shape[1])
+    looked_at = (place >= low[:, None]) & (place * page < kv_len[:, None])
+    ids = jnp.all(~looked_at | ((page_table >= 0) & (page_table < pages)), axis=1)
+    lengths = (q_len >= 0) & (kv_len >= q_len) & (kv_len <= page_table.shape[1] * page) & (q_start >= 0) & (q_start + q_len <= tokens)
+    return ids & lengths & (window >= 0) & (layer >= 0) & (layer < kv.shape[0])
+
+
+def _spoil(out, sound, q_start):
+    """NaN in the rows where sequences begin that are not sound."""
+    rows = jnp.clip(jnp.where(sound, out.shape[0], q_start), 0, out.shape[0])
+    return out.at[rows].set(jnp.nan, mode="drop")
 
 
 def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max):
@@ -78,30 +138,72 @@ def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max):
         raise ValueError(f"q_max={q_max}: must be from 1 to the {tokens} rows of q")
 
 
+def check_options(q, kv, window, sinks, q_sinks, sink_logits, tree, kv_scale, kv_splits):
+    """Static checks of what may be asked for. Raises ValueError."""
+    heads, scaled = kv.shape[2], kv.dtype.itemsize == 1
+    if sinks and (q_sinks is None or q_sinks.shape != q.shape):
+        raise ValueError(f"q_sinks {None if q_sinks is None else q_sinks.shape}: must be {q.shape}, as q, where there are sinks")
+    if isinstance(window, int) and window < 0:
+        raise ValueError(f"window={window}: must be 0 (none) or more")
+    if sink_logits is not None and sink_logits.shape != q.shape[1:2]:
+        raise ValueError(f"sink_logits {sink_logits.shape}: must be [{q.shape[1]}], one for each query head")
+    if tree is not None and (tree.ndim != 2 or tree.shape[0] != q.shape[0] or tree.dtype != jnp.int32 or sinks):
+        raise ValueError(f"tree {tree.dtype}{list(tree.shape)}: must be int32 [{q.shape[0]}, words], and there must be no sinks")
+    if scaled != (kv_scale is not None):
+        raise ValueError(
+            f"kv_scale {None if kv_scale is None else kv_scale.shape}: a cache of {kv.dtype} {'needs' if scaled else 'has no'} scales"
+        )
+    if scaled and (kv_scale.shape != (*kv.shape[:2], 2 * heads) or sinks):
+        raise ValueError(f"kv_scale {kv_scale.shape}: must be {(*kv.shape[:2], 2 * heads)}, and there must be no sinks")
+    if kv_splits < 1 or (kv_splits > 1 and (sinks or sink_logits is not None)):
+        raise ValueError(f"kv_splits={kv_splits}: must be 1 or more, and 1 with sinks or sink_logits")
+
+
 def paged_attention_reference(
-    q, k, v, kv, *, layer, page_table, q_start, q_len, kv_len, window, scale, softcap, q_max, sinks=0, q_sinks=None, batched=False
+    q,
+    k,
+    v,
+    kv,
+    *,
+    layer,
+    page_table,
+    q_start,
+    q_len,
+    kv_len,
+    window,
+    scale,
+    softcap,
+    q_max,
+    sinks=0,
+    q_sinks=None,
+    sink_logits=None,
+    tree=None,
+    kv_scale=None,
+    batched=False,
 ):
     """The contract in plain jnp: see the module. Work grows with the live context (batched: with the longest), not with
-    the table."""
-    kv = write_pages(k, v, kv, layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len)
-    look = functools.partial(_look, kv=kv, layer=layer, window=window, scale=scale, softcap=softcap, sinks=sinks)
+    the table. Returns (out, kv, kv_scale, lse)."""
+    rows = dict(page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len)
+    if kv_scale is None:
+        new = jnp.concatenate([k, v], axis=-1).astype(kv.dtype)
+    else:
+        kv_scale, new, ratio = kv_scales.grow(k, v, kv_scale, kv.dtype, kv.shape[3], layer=layer, **rows)
+        kv = kv_scales.rescale(kv, ratio, layer, page_table, kv_len - q_len)
+    kv = write_pages(new, kv, layer=layer, **rows)
+    look = functools.partial(_look, kv=kv, kv_scale=kv_scale, layer=layer, window=window, scale=scale, softcap=softcap, sinks=sinks)
+    look = functools.partial(look, sink_logits=sink_logits)
     qs = q[:, None] if q_sinks is None else jnp.stack([q, q_sinks], axis=1)  # [T, 1 or 2, Hq, D]
-    out = _one_each(qs, page_table, q_start, jnp.where(q_len == 1, kv_len, 0), look, batched)
+    found = _one_each(qs, page_table, q_start, jnp.where(q_len == 1, kv_len, 0), look, batched)
     if q_max > 1:
-        out = _in_blocks(qs, out, page_table, q_start, jnp.where(q_len > 1, q_len, 0), kv_len, look)
-    return out, kv
+        found = _in_blocks(qs, found, page_table, q_start, jnp.where(q_len > 1, q_len, 0), kv_len, tree, look)
+    return found[0], kv, kv_scale, found[1]
 
 
-def write_pages(k, v, kv, *, layer, page_table, q_start, q_len, kv_len):
-    """Scatters the new rows into their pages: in place when kv is donated. Rows of nobody are dropped."""
-    token = jnp.arange(k.shape[0])[:, None]
-    mine = (token >= q_start) & (token < q_start + q_len)  # [T, R]
-    owner = jnp.argmax(mine, axis=1)
-    pos = (kv_len - q_len - q_start)[owner] + token[:, 0]
+def write_pages(new, kv, *, layer, page_table, q_start, q_len, kv_len):
+    """Scatters the new rows [T, Hkv, 2D] into their pages: in place when kv is donated. Rows of nobody are dropped."""
     page_size = kv.shape[3]
-    page = page_table[owner, jnp.clip(pos // page_size, 0, page_table.shape[1] - 1)]
-    page = jnp.where(mine.any(1), page, kv.shape[1])  # out of range: dropped
-    new = jnp.concatenate([k, v], axis=-1).astype(kv.dtype)  # [T, Hkv, 2D]
+    _, pos, page, owned = kv_scales.owners(new.shape[0], page_size, page_table, q_start, q_len, kv_len)
+    page = jnp.where(owned, page, kv.shape[1])  # out of range: dropped
     heads = jnp.arange(kv.shape[2])
     return kv.at[layer, page[:, None], heads[None], (pos % page_size)[:, None]].set(new, mode="drop")
 
@@ -111,59 +213,69 @@ def _one_each(qs, page_table, q_start, kv_len, look, batched):
     costs its own length (XLA:CPU is no faster at several). Other rows are zeros."""
     live = kv_len > 0
     rows = jnp.clip(q_start, 0, qs.shape[0] - 1)
-    at_once = lambda q, length, table: look(q[:, None], (length - 1)[:, None], table, block=DECODE_BLOCK)[:, 0]
+    at_once = lambda q, length, table: [x[:, 0] for x in look(q[:, None], (length - 1)[:, None], table, block=DECODE_BLOCK)]
     each = (qs[rows], kv_len, page_table)
-    found = at_once(*each) if batched else lax.map(lambda row: at_once(*(x[None] for x in row))[0], each)
-    return jnp.zeros_like(qs[:, 0]).at[jnp.where(live, q_start, qs.shape[0])].set(found.astype(qs.dtype), mode="drop")
+    found = at_once(*each) if batched else lax.map(lambda row: [x[0] for x in at_once(*(x[None] for x in row))], each)
+    at = jnp.where(live, q_start, qs.shape[0])
+    empty = (jnp.zeros_like(qs[:, 0]), jnp.full((qs.shape[0], qs.shape[2]), -jnp.inf))
+    return tuple(x.at[at].set(y.astype(x.dtype), mode="drop") for x, y in zip(empty, found))
 
 
-def _in_blocks(qs, out, page_table, q_start, q_len, kv_len, look):
+def _in_blocks(qs, found, page_table, q_start, q_len, kv_len, tree, look):
     """Blocks of query rows one after the other, as many as the sequences have: padding costs nothing."""
     size = min(Q_BLOCK, qs.shape[0])
     ends = jnp.cumsum((q_len + size - 1) // size)  # blocks up to and including each sequence
-    padded, out = (jnp.pad(x, ((0, size), *[(0, 0)] * (x.ndim - 1))) for x in (qs, out))
+    pad = lambda x: jnp.pad(x, ((0, size), *[(0, 0)] * (x.ndim - 1)))
+    padded, found, tree = pad(qs), tuple(map(pad, found)), None if tree is None else pad(tree)
 
     def step(carry):
-        i, out = carry
+        i, found = carry
         row = jnp.searchsorted(ends, i, side="right")
         offset = (i - jnp.where(row > 0, ends[row - 1], 0)) * size + jnp.arange(size)
         inside = offset < q_len[row]
-        pos = jnp.where(inside, kv_len[row] - q_len[row] + offset, -1)
+        context = kv_len[row] - q_len[row]
+        pos = jnp.where(inside, context + offset, -1)
         start = q_start[row] + offset[0]
-        rows = lax.dynamic_slice_in_dim(padded, start, size)
-        found = look(rows[None], pos[None], page_table[row][None], block=PREFILL_BLOCK)[0]
-        old = lax.dynamic_slice_in_dim(out, start, size)
-        return i + 1, lax.dynamic_update_slice_in_dim(out, jnp.where(inside[:, None, None], found.astype(qs.dtype), old), start, axis=0)
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
+        nodes = None if tree is None else (context[None], cut(tree)[None])
+        new = look(cut(padded)[None], pos[None], page_table[row][None], block=PREFILL_BLOCK, nodes=nodes)
+        put = lambda x, y: lax.dynamic_update_slice_in_dim(
+            x, jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), y[0].astype(x.dtype), cut(x)), start, axis=0
+        )
+        return i + 1, tuple(map(put, found, new))
 
-    return lax.while_loop(lambda c: c[0] < ends[-1], step, (0, out))[1][: qs.shape[0]]
+    return tuple(x[: qs.shape[0]] for x in lax.while_loop(lambda c: c[0] < ends[-1], step, (0, found))[1])
 
 
-def _look(qs, pos, table, *, kv, layer, window, scale, softcap, sinks, block):
+def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks, sink_logits, block, nodes=None):
     """Attention of qs [R, C, 1 or 2, Hq, D] (q, and q_sinks where there are sinks) at positions pos [R, C] (-1: nothing to see) over
-    the pages of table [R, n]. Returns float32 [R, C, Hq, D]. A loop over blocks of `block` tokens, from the first that a window
-    reaches to the last."""
+    the pages of table [R, n]. nodes: None, or (length of the context [R], words [R, C, W]) where rows are a tree. Returns float32
+    [R, C, Hq, D] and the sums' logarithms [R, C, Hq]. A loop over blocks of `block` tokens, from the first that a window reaches to
+    the last."""
     rows, chunk, _, q_heads, dim = qs.shape
     heads, page_size = kv.shape[2], kv.shape[3]
     group, pages_a_block = q_heads // heads, max(1, block // page_size)
     block = pages_a_block * page_size
     # dynamic_slice clamps: a table that is a whole number of blocks long keeps the last block where it belongs.
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_a_block)))
-    precision = lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None
+    dtype = kv.dtype if kv_scale is None else qs.dtype
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dot = functools.partial(_products if chunk == 1 else jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     whole = chunk == 1  # zeros under the value lanes: the product reads whole rows, which need not be cut out
-    qs = (qs * scale).astype(kv.dtype).reshape(rows, chunk, -1, heads, group, dim)
-    qs = qs.transpose(2, 0, 3, 1, 4, 5).reshape(-1, rows, heads, chunk * group, dim)
-    if whole:
-        qs = jnp.concatenate([qs, jnp.zeros_like(qs)], axis=-1)
-    pos = jnp.broadcast_to(pos[:, :, None], (rows, chunk, group)).reshape(rows, 1, chunk * group, 1)
-    low = jnp.where(window > 0, pos - window + 1, 0)
+    qs = _by_heads((qs * scale).astype(dtype), heads, whole)
+    flat = lambda x: jnp.broadcast_to(x[:, :, None], (rows, chunk, group, x.shape[2])).reshape(rows, 1, chunk * group, -1)
+    depth = pos if nodes is None else jnp.where(pos >= 0, nodes[0][:, None] + _depth(nodes[1]), -1)
+    nodes = nodes and (nodes[0].reshape(rows, 1, 1, 1), flat(nodes[1]))
+    pos, depth = flat(pos[..., None]), flat(depth[..., None])
+    low = jnp.where(window > 0, depth - window + 1, 0)
     first = jnp.maximum(jnp.min(jnp.where(pos >= 0, low, jnp.iinfo(jnp.int32).max)), 0) // block
     last = (jnp.max(pos) + block) // block
 
     def attend(q, ids, inside, sums):
         """Adds the tokens of pages ids [R, n] that are inside [R, 1, C * G, n * page] to the running sums."""
         top, total, acc = sums
-        found = kv[layer, ids].swapaxes(1, 2).reshape(rows, heads, inside.shape[-1], 2 * dim)
+        found = kv[layer, ids] if kv_scale is None else kv_scales.unpack(kv[layer, ids], kv_scale[layer, ids], dtype)
+        found = found.swapaxes(1, 2).reshape(rows, heads, inside.shape[-1], 2 * dim)
         # Values that nobody may see become 0: a NaN there would survive its zero weight.
         seen = inside.any(axis=2)[..., None]
         found = jnp.where(seen, found, 0)
@@ -175,25 +287,55 @@ def _look(qs, pos, table, *, kv, layer, window, scale, softcap, sinks, block):
         new_top = jnp.maximum(top, scores.max(-1))
         weight = jnp.exp(scores - new_top[..., None])
         keep = jnp.exp(top - new_top)
-        mixed = dot("rhqt,rhtd->rhqd", weight.astype(kv.dtype), values)
+        mixed = dot("rhqt,rhtd->rhqd", weight.astype(dtype), values)
         return new_top, total * keep + weight.sum(-1), acc * keep[..., None] + mixed[..., -dim:]
 
     def step(carry):
         i, *sums = carry
         ids = lax.dynamic_slice_in_dim(table, i * pages_a_block, pages_a_block, axis=1)
         at = i * block + jnp.arange(block)
-        return i + 1, *attend(qs[0], ids, (at <= pos) & (at >= low), sums)
+        return i + 1, *attend(qs[0], ids, (at <= pos) & (at >= low if nodes is None else _in_tree(at, low, *nodes)), sums)
 
     shape = (rows, heads, chunk * group)
-    sums = (jnp.full(shape, _NEG, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, dim), jnp.float32))
+    top, total = _begin(shape, None if sink_logits is None else jnp.tile(sink_logits.reshape(heads, group), (1, chunk)))
+    sums = (top, total, jnp.zeros((*shape, dim), jnp.float32))
     if sinks:
         first_pages = table[:, : -(-sinks // page_size)]
         at = jnp.arange(first_pages.shape[1] * page_size)
         sums = attend(qs[1], first_pages, (at < sinks) & (at < low), sums)
-    _, _, total, acc = lax.while_loop(lambda c: c[0] < last, step, (first, *sums))
+    _, top, total, acc = lax.while_loop(lambda c: c[0] < last, step, (first, *sums))
     # By position and not by what was found: a sequence's own NaN must come through, on a GPU too, where max drops it.
     out = jnp.where(pos >= 0, acc / total[..., None], 0)
-    return out.reshape(rows, heads, chunk, group, dim).swapaxes(1, 2).reshape(rows, chunk, q_heads, dim)
+    order = lambda x: x.reshape(rows, heads, chunk, group, -1).swapaxes(1, 2).reshape(rows, chunk, q_heads, -1)
+    return order(out), order(top + jnp.log(total))[..., 0]
+
+
+def _by_heads(qs, heads, whole):
+    """qs [R, C, n, Hq, D] to [n, R, heads, C * group, D], with as many zeros behind D if whole."""
+    rows, chunk, _, q_heads, dim = qs.shape
+    qs = qs.reshape(rows, chunk, -1, heads, q_heads // heads, dim)
+    qs = qs.transpose(2, 0, 3, 1, 4, 5).reshape(-1, rows, heads, chunk * q_heads // heads, dim)
+    return jnp.concatenate([qs, jnp.zeros_like(qs)], axis=-1) if whole else qs
+
+
+def _begin(shape, logits):
+    """The running maximum and sum before any key: of nothing, or of one logit."""
+    if logits is None:
+        return jnp.full(shape, _NEG, jnp.float32), jnp.zeros(shape, jnp.float32)
+    return jnp.broadcast_to(logits.astype(jnp.float32), shape), jnp.ones(shape, jnp.float32)
+
+
+def _in_tree(at, low, context, words):
+    """Which positions at [block] rows see that are nodes of a tree behind context [R, 1, 1, 1], by words [R, 1, rows, W]."""
+    place = at - context
+    word = jnp.broadcast_to(jnp.clip(place >> 5, 0, words.shape[-1] - 1), (*words.shape[:3], at.shape[0]))
+    bits = jnp.take_along_axis(words, word, axis=-1)
+    return jnp.where(place < 0, at >= low, (bits >> (place & 31)) & 1 == 1)
+
+
+def _depth(words):
+    """How many ancestors each node [..., W] sees."""
+    return jnp.sum(lax.population_count(words), axis=-1) - 1
 
 
 def _products(form, left, right, **how):

@@ -1,4 +1,4 @@
-"""The static side of the TPU's paged attention: sizes of blocks and tiles, rows laid out in tiles, and work items. See
+"""The static side of the TPU's paged attention: sizes of blocks and tiles, and work items. See
 paged_attention_tpu.py for the algorithm."""
 
 import dataclasses
@@ -34,6 +34,10 @@ class Plan:
     softcap: float | None
     compute: jnp.dtype  # of the operands of the matrix products
     sinks: int = 0  # first positions that are seen also beyond the window
+    logits: bool = False  # whether each query head has a logit that takes part in its softmax
+    tree_words: int = 0  # words of 32 bits that say which new tokens of its sequence a token sees; 0: all before it
+    lse: bool = False  # whether the logarithm of each row's sum is asked for
+    quantized: bool = False  # whether pages have scales
 
     @property
     def decode(self) -> bool:
@@ -97,52 +101,26 @@ def work_items(plan: Plan, rows: int, q_start, q_len):
     return pick(jnp.arange(seqs, dtype=jnp.int32)), pick(first_tile - before + n), total.reshape(1)
 
 
-def to_tiles(plan: Plan, q):
-    """q [T, Hq, D] to [tiles, Hkv, rows, width]."""
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.width - plan.head_dim)))
-    heads = plan.heads * plan.chunks
-    if plan.decode:
-        q = q.reshape(q.shape[0], heads, plan.group, plan.width)
-        return jnp.pad(q, ((0, 0), (0, 0), (0, plan.rows - plan.group), (0, 0)))
-    q = jnp.pad(q, ((0, -q.shape[0] % plan.tile), (0, 0), (0, 0)))
-    q = q.reshape(-1, plan.tile, heads, plan.group, plan.width).transpose(0, 2, 3, 1, 4)
-    return q.reshape(-1, heads, plan.rows, plan.width)
-
-
-def new_to_tiles(plan: Plan, new):
-    """New rows of the cache [T, Hkv, 2D] to [tiles, Hkv, tile, 2D]; for decode to [T, chunks, heads, 2D]."""
-    if plan.decode:
-        return new.reshape(new.shape[0], plan.chunks, plan.heads, new.shape[-1])
-    new = jnp.pad(new, ((0, -new.shape[0] % plan.tile), (0, 0), (0, 0)))
-    return new.reshape(-1, plan.tile, plan.heads * plan.chunks, 2 * plan.head_dim).transpose(0, 2, 1, 3)
-
-
-def from_tiles(plan: Plan, out, t: int):
-    """The output, [tiles, Hkv, rows, width] for decode and [tiles, Hkv, D, rows] otherwise, as [T, Hq, D]."""
-    heads = plan.heads * plan.chunks
-    if plan.decode:
-        return out[:, :, : plan.group, plan.width - plan.head_dim :].reshape(t, heads * plan.group, plan.head_dim)
-    out = out.reshape(-1, heads, plan.head_dim, plan.group, plan.tile).transpose(0, 4, 1, 3, 2)
-    return out.reshape(-1, heads * plan.group, plan.head_dim)[:t]
-
-
 def make_plan(q, kv, pages_per_seq: int, q_max: int, softcap: float | None, sinks: int) -> Plan:
     heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
     group, size = q.shape[1] // heads, kv.dtype.itemsize
     if q_max == 1:
-        tile, rows, align, chunk, unit = 1, pl.cdiv(group, 8) * 8, 32 // size, heads, page
+        tile, rows, align, chunk, unit = 1, pl.cdiv(group, 8) * 8, math.lcm(32 // size, page if size == 1 else 1), heads, page
     else:
         tile = max(16, min(TILE_TOKENS, pl.next_power_of_2(q_max), 1 << (TILE_ROWS // group).bit_length() - 1))
         while page % tile and tile % page:
             tile //= 2
-        rows, align, unit = tile * group, tile, math.lcm(page, LANES)
+        rows, align, unit = tile * group, math.lcm(tile, page) if size == 1 else tile, math.lcm(page, LANES)
         chunk = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * rows <= CHUNK_ROWS))
     unit = math.lcm(unit, align)  # a window never straddles two blocks
     keys = min(BLOCK_KEYS, BLOCK_BYTES // (chunk * 2 * head_dim * size))
     block_pages = min(max(keys // unit, 1), pl.cdiv(pages_per_seq * page, unit)) * unit // page
-    write_rows, compute = min(align, page, 8 if q_max == 1 else align), jnp.promote_types(q.dtype, kv.dtype)
+    write_rows, compute = (
+        min(align, page, 8 * max(1, 4 // size // 2) if q_max == 1 else align),
+        q.dtype if size == 1 else jnp.promote_types(q.dtype, kv.dtype),
+    )
     sizes = (chunk, heads // chunk, group, head_dim, page, pages_per_seq, block_pages)
-    return Plan(*sizes, tile, rows, align, write_rows, softcap, compute, sinks)
+    return Plan(*sizes, tile, rows, align, write_rows, softcap, compute, sinks, quantized=size == 1)
 
 
 def vmem_bytes(plan: Plan, kv_size: int, q_size: int) -> int:
@@ -154,12 +132,13 @@ def vmem_bytes(plan: Plan, kv_size: int, q_size: int) -> int:
     stats = 2 * LANES if plan.decode else 2 * 8
     tile = plan.heads * plan.rows * (plan.width * (queries * q_size + 4) + stats * 4)
     scores = 8 * max(plan.rows, 128) * plan.block if plan.decode else 4 * plan.rows * plan.piece
-    return cache + tile + scores * 4
+    plain = 2 * plan.head_dim * plan.heads * plan.block * plan.compute.itemsize if plan.quantized else 0
+    return cache + tile + plain + scores * 4
 
 
 def check(q, k, v, kv, page_table, q_max: int) -> None:
-    if kv.ndim != 5 or kv.shape[4] % LANES:
-        raise ValueError(f"kv has shape {kv.shape}: must be [layers, pages, kv_heads, page, 2*head_dim], 2*head_dim a multiple of {LANES}")
+    if kv.ndim != 5 or kv.shape[4] % 32:
+        raise ValueError(f"kv has shape {kv.shape}: must be [layers, pages, kv_heads, page, 2*head_dim], head_dim a multiple of 16")
     heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
     if page % 16 or not 16 <= page <= 256:
         raise ValueError(f"page size {page}: must be a multiple of 16 from 16 to 256")
@@ -168,8 +147,9 @@ def check(q, k, v, kv, page_table, q_max: int) -> None:
     if k.shape != (q.shape[0], heads, head_dim) or v.shape != k.shape:
         raise ValueError(f"k and v have shapes {k.shape} and {v.shape}: must be {(q.shape[0], heads, head_dim)}")
     for name, x in (("q", q), ("kv", kv)):
-        if x.dtype not in (jnp.bfloat16, jnp.float32):
-            raise ValueError(f"{name} has dtype {x.dtype}: must be bfloat16 or float32")
+        legal = ("bfloat16", "float32") if name == "q" else ("bfloat16", "float32", "int8", "float8_e4m3fn")
+        if x.dtype.name not in legal:
+            raise ValueError(f"{name} has dtype {x.dtype}: must be one of {', '.join(legal)}")
     if page_table.ndim != 2 or page_table.size > TABLE_ENTRIES:
         raise ValueError(
             f"page_table has shape {page_table.shape}: must be [sequences, pages of a sequence], {TABLE_ENTRIES} entries at most"

@@ -57,14 +57,19 @@ class Rows(NamedTuple):
     top: Any
     total: Any
 
-    def reset(self):
-        self.acc[...], self.total[...] = jnp.zeros_like(self.acc), jnp.zeros_like(self.total)
-        self.top[...] = jnp.full_like(self.top, MASKED)
+    def reset(self, logits):
+        """logits: None, or [heads, rows, LANES] of one more key without a value, as exponents of 2."""
+        self.acc[...] = jnp.zeros_like(self.acc)
+        if logits is None:
+            self.total[...], self.top[...] = jnp.zeros_like(self.total), jnp.full_like(self.top, MASKED)
+        else:
+            self.total[...] = jnp.where(lax.broadcasted_iota(jnp.int32, self.total.shape, 2) == 0, 1.0, 0.0)
+            self.top[...] = logits[...]
 
     def attend(self, h, q, kv, visible):
         """One step: rows q [rows, width] of head h against keys and values kv [keys, 2 * head_dim]. visible: a mask [rows, keys], or None
         where every row sees all."""
-        plan, acc, top, total = self
+        plan, acc, top, total = self.plan, self.acc, self.top, self.total
         keys, values = kv[:, : plan.width].astype(plan.compute), kv[:, plan.value_lane :].astype(plan.compute)
         scores = _capped(plan, _dot(plan, q, keys, ((1,), (1,))))
         if visible is not None:
@@ -79,6 +84,10 @@ class Rows(NamedTuple):
     def result(self, h):
         """[rows, width] of head h."""
         return self.acc[h] / jnp.sum(self.total[h], axis=1, keepdims=True)
+
+    def lse(self, h):
+        """[rows, LANES] of head h: the logarithm of the sum of exponentials."""
+        return (self.top[h] + jnp.log2(jnp.sum(self.total[h], axis=1, keepdims=True))) * (1 / LOG2E)
 
 
 def _masked(visible, parts):
@@ -96,10 +105,14 @@ class Columns(NamedTuple):
     total: Any
     worst: Any
 
-    def reset(self):
-        self.acc[...], self.total[...] = jnp.zeros_like(self.acc), jnp.zeros_like(self.total)
-        self.top[...] = jnp.full_like(self.top, MASKED)
-        self.worst[...] = jnp.zeros_like(self.worst)
+    def reset(self, logits):
+        """logits: None, or [heads, 1, rows] of one more key without a value, as exponents of 2."""
+        self.acc[...], self.worst[...] = jnp.zeros_like(self.acc), jnp.zeros_like(self.worst)
+        if logits is None:
+            self.total[...], self.top[...] = jnp.zeros_like(self.total), jnp.full_like(self.top, MASKED)
+        else:
+            self.total[...] = jnp.where(lax.broadcasted_iota(jnp.int32, self.total.shape, 1) == 0, 1.0, 0.0)
+            self.top[...] = jnp.broadcast_to(logits[...], self.top.shape)
 
     def _scores(self, q, keys):
         """Scores of kv [keys, 2 * head_dim], as [SUBLANES, rows] of each eight keys."""
@@ -141,3 +154,7 @@ class Columns(NamedTuple):
     def result(self, h):
         """[D, rows] of head h."""
         return self.acc[h] * (1 / jnp.sum(self.total[h], axis=0, keepdims=True))
+
+    def lse(self, h):
+        """[1, rows] of head h: the logarithm of the sum of exponentials."""
+        return (self.top[h][:1] + jnp.log2(jnp.sum(self.total[h], axis=0, keepdims=True))) * (1 / LOG2E)

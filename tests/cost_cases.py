@@ -44,7 +44,7 @@ def attention(A: Any, new: list[int], page: int, ctx: int, H: int, KV: int, HD: 
 
     def fn(q, k, v, kv, layer, window, table, q_start, q_len, kv_len):
         rest = dict(layer=layer, window=window, page_table=table, q_start=q_start, q_len=q_len, kv_len=kv_len)
-        return paged_attention_tpu(q, k, v, kv, **rest, scale=scale, q_max=most)
+        return paged_attention_tpu(q, k, v, kv, **rest, scale=scale, q_max=most)[:2]
 
     operands = {}
     for name, bound, mine in (("paged_decode", 1, length == 1), ("paged_prefill", most, length > 1)):
@@ -55,7 +55,7 @@ def attention(A: Any, new: list[int], page: int, ctx: int, H: int, KV: int, HD: 
         shift = 0 if plan.decode else min(start[own > 0])
         padded = -(-rows // plan.tile) * plan.tile
         items = work_items(plan, padded, jnp.asarray(start - shift, i32), jnp.asarray(own, i32))
-        values = ([0], [0], table, start - shift, own, total, *map(np.asarray, items), [0])
+        values = ([0], [0], [0], table, start - shift, own, total, np.zeros(seqs), total, np.zeros(seqs), *map(np.asarray, items))
         operands[name] = dict(enumerate(values))
     args = [q, *[A((rows, KV, HD))] * 2, kv, A((), i32), A((), i32), A((seqs, pages), i32), *[A((seqs,), i32)] * 3]
     return dict(fn=fn, args=args, donate=(3,), operands=operands)

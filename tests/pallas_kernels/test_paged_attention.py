@@ -27,7 +27,13 @@ MORE = [
 @functools.cache
 def call(program: Program, impl: str = "reference"):
     static = dict(scale=program.head_dim**-0.5, softcap=program.softcap, q_max=program.q_max, sinks=program.sinks)
-    return jax.jit(functools.partial(paged_attention, **static, impl=impl))
+    entry = functools.partial(paged_attention, **static, with_lse=True, impl=impl)
+
+    def run(*args, **data):
+        out, kv, *scale, lse = entry(*args, **data)
+        return out, kv, *(scale or [None]), lse
+
+    return jax.jit(run)
 
 
 @pytest.mark.parametrize("case", CASES + MORE, ids=lambda case: f"{case.program}-{case.window}-{case.seed}")
@@ -36,7 +42,7 @@ def test_reference_matches_oracle(case: Case) -> None:
     program = dataclasses.replace(program, transfers="eager")
     q, k, v, kv, data = build(program, case)
     for impl in ("reference", "batched") if program.sinks else ("reference",):
-        check_equal(program, call(program, impl)(q, k, v, kv, **data), oracle(program, q, k, v, kv, data))
+        check_equal(program, call(program, impl)(q, k, v, kv, **data), oracle(program, q, k, v, kv, data), case.spread)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ AOT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
+FP8 = jnp.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,19 @@ class Program:
     kv_heads: int = 2
     head_dim: int = 128
     dtype: type = jnp.float32
+    kv_dtype: type | None = None  # int8 or fp8: a cache with scales
     softcap: float | None = None
     sinks: int = 0
+    logits: bool = False
+    tree: int = 0  # words
+    splits: int = 1
     transfers: str = "eager"
 
     @functools.cached_property
     def call(self):
         params = pltpu.InterpretParams(detect_races=True, dma_execution_mode=self.transfers)
-        static = dict(scale=self.head_dim**-0.5, softcap=self.softcap, q_max=self.q_max, sinks=self.sinks, interpret=params)
-        return jax.jit(functools.partial(paged_attention_tpu, **static))
+        static = dict(scale=self.head_dim**-0.5, softcap=self.softcap, q_max=self.q_max, sinks=self.sinks, kv_splits=self.splits)
+        return jax.jit(functools.partial(paged_attention_tpu, **static, with_lse=True, interpret=params))
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Case:
     kv_len: tuple[int, ...]
     window: int = 0
     seed: int = 0
+    spread: float = 1.0  # of the queries: large ones make scores that grow far beyond the first
 
 
 def build(program: Program, case: Case):
@@ -73,9 +79,12 @@ def build(program: Program, case: Case):
     for r in rng.permutation(program.seqs):
         starts[r] = at + gaps[r]
         at = starts[r] + case.q_len[r]
-    q = draw(program.rows, program.group * heads, program.head_dim)
+    q = draw(program.rows, program.group * heads, program.head_dim) * np.asarray(case.spread, program.dtype)
     k, v = draw(program.rows, heads, program.head_dim), draw(program.rows, heads, program.head_dim)
-    kv = np.full((LAYERS, pool, heads, page, 2 * program.head_dim), np.nan, q.dtype)
+    kind = program.kv_dtype or q.dtype
+    cached = (lambda *shape: rng.integers(-127, 128, shape)) if kind == jnp.int8 else lambda *shape: draw(*shape).astype(np.float32)
+    kv = np.full((LAYERS, pool, heads, page, 2 * program.head_dim), 77 if kind == jnp.int8 else np.nan, kind)
+    scales = np.full((LAYERS, pool, 2 * heads), np.nan, np.float32)
     order, table = rng.permutation(pool), rng.integers(0, pool, (program.seqs, program.pages), dtype=np.int32)
     for r, (new, total) in enumerate(zip(case.q_len, case.kv_len, strict=True)):
         low = max(0, total - new - case.window + 1) if case.window else 0
@@ -83,43 +92,117 @@ def build(program: Program, case: Case):
         for j in (*kept, *range(low // page, math.ceil(total / page))):  # entries of pages that fell out of the window stay arbitrary
             table[r, j] = order[r * program.pages + j]
             rows = max(0, min(page, total - new - j * page))
-            kv[:, table[r, j], :, :rows] = draw(LAYERS, heads, rows, 2 * program.head_dim)
-    more = dict(q_sinks=draw(*q.shape)) if program.sinks else {}
-    lengths = more | dict(q_start=starts, q_len=np.array(case.q_len, np.int32), kv_len=np.array(case.kv_len, np.int32))
-    return q, k, v, kv, dict(layer=np.int32(LAYER), window=np.int32(case.window), page_table=table, **lengths)
+            kv[:, table[r, j], :, :rows] = cached(LAYERS, heads, rows, 2 * program.head_dim)
+            if rows:
+                scales[:, table[r, j]] = rng.uniform(0.3, 1.5, (LAYERS, 2 * heads)) / (60 if kind == jnp.int8 else 1)
+    data = dict(q_start=starts, q_len=np.array(case.q_len, np.int32), kv_len=np.array(case.kv_len, np.int32))
+    if program.sinks:
+        data["q_sinks"] = draw(*q.shape)
+    if program.logits:
+        data["sink_logits"] = rng.standard_normal(program.group * heads).astype(np.float32)
+    if program.tree:
+        data["tree"] = random_trees(rng, program, starts, case.q_len)
+    if program.kv_dtype:
+        data["kv_scale"] = scales
+    return q, k, v, kv, dict(layer=np.int32(LAYER), window=np.int32(case.window), page_table=table, **data)
+
+
+def random_trees(rng, program: Program, starts, q_len):
+    """Words of a random tree for each sequence: a node's parent is any node before it."""
+    words = rng.integers(-(2**31), 2**31, (program.rows, program.tree), dtype=np.int32)
+    for start, new in zip(starts, q_len, strict=True):
+        seen = np.zeros((new, 32 * program.tree), bool)
+        for j in range(new):
+            if j:
+                seen[j] = seen[rng.integers(max(0, j - 3), j)]
+            seen[j, j] = True
+        words[start : start + new] = np.packbits(seen, axis=1, bitorder="little").view("<i4")
+    return words
+
+
+def write(program: Program, k, v, kv, data):
+    """The cache with the new rows, and with scales for them: (kv, scales, the same in float64 [P, Hkv, page, 2D])."""
+    cache, scales = kv.copy(), None
+    rows = np.concatenate([k, v], axis=-1)
+    if program.kv_dtype:
+        scales = data["kv_scale"].copy()
+        most = 127 if program.kv_dtype == jnp.int8 else 448
+        rounded = (lambda x: np.rint(x)) if program.kv_dtype == jnp.int8 else lambda x: x
+    for r, table in enumerate(data["page_table"]):
+        start, new, context = data["q_start"][r], data["q_len"][r], data["kv_len"][r] - data["q_len"][r]
+        positions = context + np.arange(new)
+        for page in sorted(set(positions // program.page)):
+            here = positions[positions // program.page == page]
+            place, found = table[page], rows[start + here - context]  # [n, Hkv, 2D]
+            if program.kv_dtype:
+                both = found.astype(np.float32).reshape(len(here), program.kv_heads, 2, -1)
+                need = np.abs(both).max(axis=(0, 3)).reshape(-1) / np.float32(most)
+                old, kept = scales[LAYER, place].copy(), max(0, context - page * program.page)
+                scales[LAYER, place] = np.maximum(old, need) if kept else need
+                lanes = lambda x: x.reshape(-1, 2).repeat(program.head_dim, axis=1)[:, None]
+                if kept:
+                    was = cache[LAYER, place, :, :kept].astype(np.float32)
+                    cache[LAYER, place, :, :kept] = rounded(was * lanes(old / scales[LAYER, place])).astype(cache.dtype)
+                found = rounded(found.astype(np.float32) / lanes(scales[LAYER, place])[:, 0]).astype(cache.dtype)
+            cache[LAYER, place][:, here % program.page] = found.swapaxes(0, 1)
+    true = cache[LAYER].astype(np.float64)
+    if scales is not None:
+        true = true * scales[LAYER].reshape(*scales.shape[1:2], -1, 2).repeat(program.head_dim, axis=2)[:, :, None]
+    return cache, scales, true
 
 
 def oracle(program: Program, q, k, v, kv, data):
-    """Dense attention in float64, one row at a time: (out, cache)."""
-    out, cache, dim, window = np.zeros(q.shape, np.float32), kv.copy(), program.head_dim, data["window"]
+    """Dense attention in float64, one row at a time: (out, cache, scales, sums)."""
+    out, lse = np.zeros(q.shape, np.float32), np.full(q.shape[:2], -np.inf, np.float32)
+    dim, window = program.head_dim, data["window"]
+    cache, scales, true = write(program, k, v, kv, data)
     for r, table in enumerate(data["page_table"]):
         start, new = data["q_start"][r], data["q_len"][r]
-        positions = data["kv_len"][r] - new + np.arange(new)
-        for row, pos in enumerate(positions, start):
-            cache[LAYER, table[pos // program.page], :, pos % program.page] = np.concatenate([k[row], v[row]], axis=-1)
-        for row, pos in enumerate(positions, start):
-            seen = np.arange(max(0, pos - window + 1) if window else 0, pos + 1)
-            early = np.arange(min(program.sinks, seen[0]))
+        context = data["kv_len"][r] - new
+        for row in range(start, start + new):
+            slot = pos = context + row - start
+            nodes = np.arange(context, slot + 1)
+            if program.tree and new > 1:
+                bits = np.unpackbits(data["tree"][row].view(np.uint8), bitorder="little").astype(bool)
+                nodes = context + np.flatnonzero(bits)
+                pos = context + len(nodes) - 1
+            low = max(0, pos - window + 1) if window else 0
+            seen = np.concatenate([np.arange(low, context), nodes[nodes >= low] if not program.tree else nodes])
+            early = np.arange(min(program.sinks, low))
             seen = np.concatenate([early, seen])
             queries = np.stack([q[row]] * len(seen)).astype(np.float64)
             if len(early):
                 queries[: len(early)] = data["q_sinks"][row]
-            rows = cache[LAYER, table[seen // program.page], :, seen % program.page].astype(np.float64)  # [keys, heads, 2 * dim]
+            rows = true[table[seen // program.page], :, seen % program.page]  # [keys, heads, 2 * dim]
             rows = rows.repeat(program.group, axis=1)
             scores = np.einsum("nhd,nhd->hn", queries, rows[..., :dim]) * dim**-0.5
             if program.softcap:
                 scores = np.tanh(scores / program.softcap) * program.softcap
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            out[row] = np.einsum("hn,nhd->hd", weights / weights.sum(axis=1, keepdims=True), rows[..., dim:])
-    return out, cache
+            extra = data["sink_logits"][:, None].astype(np.float64) if program.logits else np.full((len(scores), 1), -np.inf)
+            top = np.maximum(scores.max(axis=1, keepdims=True), extra)
+            weights = np.exp(scores - top)
+            total = weights.sum(axis=1, keepdims=True) + np.exp(extra - top)
+            out[row] = np.einsum("hn,nhd->hd", weights / total, rows[..., dim:])
+            lse[row] = (top + np.log(total))[:, 0]
+    return out, cache, scales, lse
 
 
-def check_equal(program: Program, found, want):
-    """found and want: (out, cache); the whole cache to the bit, the output within the bound of its type."""
-    np.testing.assert_array_equal(np.asarray(found[1], np.float32), want[1].astype(np.float32))
+def check_equal(program: Program, found, want, spread=1.0):
+    """found and want: (out, cache, scales, sums); the whole cache to the bit (with scales: a rounding may fall the other way), the output
+    within the bound of its type, times the spread of the queries: that is how far the scores' own rounding goes."""
+    steps = np.abs(np.asarray(found[1], np.float32) - want[1].astype(np.float32))
+    if program.kv_dtype:
+        assert np.nanmax(steps) <= (1 if program.kv_dtype == jnp.int8 else 32) and np.nanmean(steps > 0) < 1e-3
+        np.testing.assert_allclose(found[2], want[2], rtol=1e-6)
+    else:
+        np.testing.assert_array_equal(np.asarray(found[1], np.float32), want[1].astype(np.float32))
     assert found[0].dtype == program.dtype
+    bound = spread * (4e-3 if program.kv_dtype and program.dtype == jnp.float32 else BOUND[program.dtype])
     error = np.abs(np.asarray(found[0], np.float32) - want[0]).max()
-    assert error <= BOUND[program.dtype] * max(1.0, np.abs(want[0]).max())
+    assert error <= bound * max(1.0, np.abs(want[0]).max())
+    rows = np.isfinite(want[3])
+    assert (np.isneginf(found[3]) == ~rows).all()
+    assert np.abs(found[3][rows] - want[3][rows]).max(initial=0) <= bound * max(1.0, np.abs(want[3][rows]).max(initial=0))
 
 
 MIX_Q, MIX_KV = (0, 1, 15, 16, 17, 48), (0, 20, 15, 33, 17, 90)
@@ -133,6 +216,15 @@ PROGRAMS = {
     "mix_head64": Program(seqs=6, rows=97, q_max=48, pages=6, group=3, kv_heads=3, head_dim=64, dtype=jnp.bfloat16, softcap=5.0),
     "pages_of_48": Program(seqs=4, rows=250, q_max=144, pages=7, page=48, kv_heads=1),
     "blocks": Program(seqs=3, rows=140, q_max=130, pages=11, page=64, kv_heads=1, group=8, dtype=jnp.bfloat16),
+    "far": Program(seqs=2, rows=140, q_max=130, pages=11, page=64, kv_heads=1, group=2),
+    "logits": Program(seqs=6, rows=110, q_max=48, pages=6, group=2, logits=True),
+    "tree": Program(seqs=4, rows=90, q_max=40, pages=8, group=3, kv_heads=1, tree=2),
+    "int8": Program(seqs=6, rows=110, q_max=48, pages=6, page=32, group=1, kv_dtype=jnp.int8, transfers="on_wait"),
+    "int8_decode": Program(seqs=4, rows=5, q_max=1, pages=4, page=32, kv_dtype=jnp.int8),
+    "fp8": Program(seqs=6, rows=97, q_max=48, pages=6, page=16, group=2, head_dim=64, dtype=jnp.bfloat16, kv_dtype=FP8),
+    "head80": Program(seqs=6, rows=97, q_max=48, pages=6, group=2, head_dim=80, dtype=jnp.bfloat16),
+    "head256": Program(seqs=4, rows=60, q_max=40, pages=8, group=2, kv_heads=1, head_dim=256),
+    "splits": Program(seqs=3, rows=4, q_max=1, pages=9, page=128, group=8, kv_heads=1, dtype=jnp.bfloat16, splits=2),
     "sinks_decode": Program(seqs=5, rows=6, q_max=1, pages=7, sinks=4, transfers="on_wait"),
     "sinks_mix": Program(seqs=6, rows=110, q_max=48, pages=6, group=1, sinks=20),
     "sinks_head64": Program(seqs=6, rows=97, q_max=48, pages=6, group=3, kv_heads=3, head_dim=64, dtype=jnp.bfloat16, softcap=5.0, sinks=3),
@@ -153,6 +245,21 @@ CASES = [
     Case("pages_of_48", (47, 49, 1, 144), (60, 49, 30, 300)),
     Case("blocks", (130, 3, 1), (700, 600, 530)),
     Case("blocks", (3, 130, 1), (513, 650, 530), window=90),
+    Case("far", (130, 3), (700, 600)),
+    Case("far", (3, 130), (690, 700), spread=300.0),
+    Case("logits", MIX_Q, MIX_KV),
+    Case("logits", MIX_Q, MIX_KV, window=10),
+    Case("tree", (40, 7, 1, 33), (128, 20, 30, 33)),
+    Case("tree", (40, 7, 1, 33), (100, 7, 30, 90), window=40),
+    Case("int8", MIX_Q, MIX_KV),
+    Case("int8", MIX_Q[::-1], MIX_KV[::-1], window=24, seed=1),
+    Case("int8_decode", (1, 1, 0, 1), (1, 33, 0, 100)),
+    Case("int8_decode", (1, 1, 1, 1), (32, 64, 100, 128), window=40),
+    Case("fp8", MIX_Q, MIX_KV, window=30),
+    Case("head80", MIX_Q, MIX_KV),
+    Case("head256", (40, 0, 1, 9), (100, 0, 128, 9)),
+    Case("splits", (1, 0, 1), (1030, 0, 1150)),
+    Case("splits", (1, 1, 1), (1, 1025, 900), window=300),
     Case("sinks_decode", (1, 1, 1, 0, 1), (100, 3, 70, 5, 24), window=20),
     Case("sinks_mix", MIX_Q, MIX_KV, window=10),
     Case("sinks_mix", MIX_Q[::-1], MIX_KV[::-1], window=1, seed=1),
@@ -165,16 +272,16 @@ def test_matches_oracle(case, capfd):
     program = PROGRAMS[case.program]
     q, k, v, kv, data = build(program, case)
     want = oracle(program, q, k, v, kv, data)
-    out, cache = jax.block_until_ready(program.call(q, k, v, kv, **data))
+    found = jax.block_until_ready(program.call(q, k, v, kv, **data))
     printed = "".join(capfd.readouterr())
     assert "RACE" not in printed and "non-zero count" not in printed, printed  # races, semaphores
-    check_equal(program, (out, cache), want)
+    check_equal(program, found, want, case.spread)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(kv=(1, 4, 2, 16, 160)), "kv has shape"),
+        (dict(kv=(1, 4, 2, 16, 240)), "kv has shape"),
         (dict(kv=(1, 4, 2, 24, 256)), "page size 24"),
         (dict(q=(4, 3, 128)), "q has shape"),
         (dict(q_max=0), "q_max is 0"),
@@ -206,7 +313,7 @@ i32, bf16, seqs, layers = jnp.int32, jnp.bfloat16, 64, 2
 
 def step(q, k, v, kv, layer, window, table, start, new, total):
     return paged_attention_tpu(q, k, v, kv, layer=layer, page_table=table, q_start=start, q_len=new, kv_len=total,
-                               window=window, scale=128**-0.5, q_max=q_max, sinks=sinks, q_sinks=q)
+                               window=window, scale=128**-0.5, q_max=q_max, sinks=sinks, q_sinks=q)[:2]
 
 temporaries = []
 for pool in (8192 // page * 16, 8192 // page * 32):

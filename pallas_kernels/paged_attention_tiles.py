@@ -1,0 +1,74 @@
+"""Rows of the TPU's paged attention laid out in the tiles that its steps work on, and back."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import kv_scales
+from pallas_kernels.paged_attention_plan import LANES, Plan
+
+
+def to_tiles(plan: Plan, q):
+    """q [T, Hq, D] to [tiles, Hkv, rows, width]."""
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.width - plan.head_dim)))
+    heads = plan.heads * plan.chunks
+    if plan.decode:
+        q = q.reshape(q.shape[0], heads, plan.group, plan.width)
+        return jnp.pad(q, ((0, 0), (0, 0), (0, plan.rows - plan.group), (0, 0)))
+    q = jnp.pad(q, ((0, -q.shape[0] % plan.tile), (0, 0), (0, 0)))
+    q = q.reshape(-1, plan.tile, heads, plan.group, plan.width).transpose(0, 2, 3, 1, 4)
+    return q.reshape(-1, heads, plan.rows, plan.width)
+
+
+def new_to_tiles(plan: Plan, new):
+    """New rows of the cache [T, Hkv, 2D] to [tiles, Hkv, tile, 2D]; for decode to [T, chunks, heads, 2D]."""
+    if plan.decode:
+        return new.reshape(new.shape[0], plan.chunks, plan.heads, new.shape[-1])
+    new = jnp.pad(new, ((0, -new.shape[0] % plan.tile), (0, 0), (0, 0)))
+    return new.reshape(-1, plan.tile, plan.heads * plan.chunks, 2 * plan.head_dim).transpose(0, 2, 1, 3)
+
+
+def from_tiles(plan: Plan, out, t: int):
+    """The output, [tiles, Hkv, rows, width] for decode and [tiles, Hkv, D, rows] otherwise, as [T, Hq, D]."""
+    heads = plan.heads * plan.chunks
+    if plan.decode:
+        return out[:, :, : plan.group, plan.width - plan.head_dim :].reshape(t, heads * plan.group, plan.head_dim)
+    out = out.reshape(-1, heads, plan.head_dim, plan.group, plan.tile).transpose(0, 4, 1, 3, 2)
+    return out.reshape(-1, heads * plan.group, plan.head_dim)[:t]
+
+
+def lse_from_tiles(plan: Plan, lse, t: int):
+    """[tiles, Hkv, rows, LANES] for decode and [tiles, Hkv, 1, rows] otherwise as [T, Hq]."""
+    if plan.decode:
+        return lse[:, :, : plan.group, 0].reshape(t, -1)
+    lse = lse.reshape(lse.shape[0], -1, plan.group, plan.tile).transpose(0, 3, 1, 2)
+    return lse.reshape(-1, lse.shape[2] * plan.group)[:t]
+
+
+def logits_to_tiles(plan: Plan, logits):
+    """[Hq] to [Hkv, rows, LANES] for decode and [Hkv, 1, rows] otherwise."""
+    logits = logits.reshape(-1, plan.group)
+    if plan.decode:
+        logits = jnp.pad(logits, ((0, 0), (0, plan.rows - plan.group)))
+        return jnp.broadcast_to(logits[:, :, None], (*logits.shape, LANES))
+    return jnp.repeat(logits, plan.tile, axis=1)[:, None]
+
+
+def tree_to_tiles(plan: Plan, tree):
+    """Words [T, W] of nodes that each token sees to [tiles, W + 1, rows]; the last is how far the token lies behind its root."""
+    tree = lax.bitcast_convert_type(tree, jnp.uint32)
+    depth = jnp.sum(lax.population_count(tree), axis=1, keepdims=True) - 1
+    tree = jnp.concatenate([tree, depth], axis=1).astype(jnp.int32)
+    tree = jnp.pad(tree, ((0, -tree.shape[0] % plan.tile), (0, 0))).reshape(-1, plan.tile, tree.shape[1])
+    return jnp.tile(tree.transpose(0, 2, 1), (1, 1, plan.group))
+
+
+def scale_operands(plan: Plan, kv_scale, ratio, page_table, low, kv_len):
+    """The scales [P, 2 * Hkv] of one layer and ratio [R, 2 * Hkv] as the kernel's operands. Of pages that no row sees, zeros."""
+    seqs, blocks, start = kv_len.shape[0], pl.cdiv(plan.pages_per_seq, plan.block_pages), jnp.arange(plan.pages_per_seq) * plan.page
+    seen = (start < kv_len[:, None]) & (start + plan.page > low[:, None])
+    scales = jnp.where(seen[..., None], kv_scale[jnp.where(seen, page_table, 0)], 0.0)
+    scales = jnp.pad(scales, ((0, 0), (0, blocks * plan.block_pages - plan.pages_per_seq), (0, 0)))
+    scales = scales.reshape(seqs, blocks, plan.block_pages, plan.chunks, -1).transpose(0, 3, 1, 4, 2)
+    row = kv_scales.lanes(ratio, plan.head_dim)
+    return {"scales": scales.reshape(seqs, plan.chunks, blocks, -1), "ratio": row.reshape(seqs, plan.chunks, plan.heads, -1)}
