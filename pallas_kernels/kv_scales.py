@@ -48,24 +48,25 @@ def grow(k, v, kv_scale, dtype, page: int, *, layer, page_table, q_start, q_len,
     return grown, rows.reshape(tokens, heads, 2 * dim), ratio
 
 
-def lanes(scale, dim: int):
-    """Scales [..., 2 * Hkv] for each lane of a cache row: [..., Hkv, 2 * dim]."""
-    return jnp.repeat(scale.reshape(*scale.shape[:-1], -1, 2), dim, axis=-1)
+def lanes(scale, dim: int, row: int):
+    """Scales [..., 2 * Hkv] for each lane of a cache row: [..., Hkv, row]; what fills the row behind key and value has scale 1."""
+    scale = jnp.repeat(scale.reshape(*scale.shape[:-1], -1, 2), dim, axis=-1)
+    return jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, row - 2 * dim)], constant_values=1.0)
 
 
-def rescale(kv, ratio, layer, page_table, context):
-    """The cache kv [L, P, Hkv, page, 2 * D] with what the page of each sequence's first new token holds already, positions below
+def rescale(kv, ratio, dim: int, *, layer, page_table, context):
+    """The cache kv [L, P, Hkv, page, row] with what the page of each sequence's first new token holds already, positions below
     context [R], times ratio [R, 2 * Hkv] as grow gives it."""
     page = kv.shape[3]
     ids = page_table[jnp.arange(context.shape[0]), jnp.clip(context // page, 0, page_table.shape[1] - 1)]
     grown = (ratio < 1).any(axis=1)
     old = kv[layer, ids].astype(jnp.float32)
-    new = old * lanes(ratio, kv.shape[4] // 2)[:, :, None]
+    new = old * lanes(ratio, dim, kv.shape[4])[:, :, None]
     new = jnp.round(new) if kv.dtype == jnp.int8 else new
     kept = jnp.arange(page)[:, None] < (context % page)[:, None, None, None]
     return kv.at[layer, jnp.where(grown, ids, kv.shape[1])].set(jnp.where(kept, new, old).astype(kv.dtype), mode="drop")
 
 
-def unpack(pages, scale, dtype):
-    """Pages [..., Hkv, page, 2 * D] times their scales [..., 2 * Hkv]."""
-    return (pages.astype(jnp.float32) * lanes(scale, pages.shape[-1] // 2)[..., None, :]).astype(dtype)
+def unpack(pages, scale, dim: int, dtype):
+    """Pages [..., Hkv, page, row] times their scales [..., 2 * Hkv]."""
+    return (pages.astype(jnp.float32) * lanes(scale, dim, pages.shape[-1])[..., None, :]).astype(dtype)

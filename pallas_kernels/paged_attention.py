@@ -7,7 +7,7 @@ is physical page page_table[r, i]. What no sequence owns may hold anything, NaN 
 those of positions 0 .. S-1 that its window has left behind, with a query of its own, q_sinks: rotated as if the tokens between were
 not there (StreamingLLM: Xiao et al., arXiv 2309.17453).
 
-    q [T, Hq, D]   k, v [T, Hkv, D]   kv [L, P, Hkv, page, 2 * D]: keys in lanes 0..D-1, values in lanes D..2*D-1
+    q [T, Hq, D]   k, v [T, Hkv, D]   kv [L, P, Hkv, page, lanes]: keys in lanes 0..D-1, values in D..2*D-1, zeros behind
     page_table int32 [R, pages_per_sequence]   q_start, q_len, kv_len int32 [R]   layer, window int32 scalars   q_sinks like q
 
 What may be asked for beside that:
@@ -125,8 +125,8 @@ def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max):
     kv_heads = kv.shape[2]
     if k.shape != (tokens, kv_heads, dim):
         raise ValueError(f"k {k.shape}: must be [{tokens}, {kv_heads}, {dim}] for q {q.shape} and kv {kv.shape}")
-    if kv.shape[4] != 2 * dim:
-        raise ValueError(f"kv lanes {kv.shape[4]}: must be twice head_dim={dim}")
+    if kv.shape[4] < 2 * dim:
+        raise ValueError(f"kv lanes {kv.shape[4]}: must be twice head_dim={dim}, or more to fill a tile of lanes")
     if q_heads % kv_heads:
         raise ValueError(f"query heads {q_heads}: must be a multiple of the {kv_heads} kv heads")
     if kv.shape[3] % 8:
@@ -188,7 +188,7 @@ def paged_attention_reference(
         new = jnp.concatenate([k, v], axis=-1).astype(kv.dtype)
     else:
         kv_scale, new, ratio = kv_scales.grow(k, v, kv_scale, kv.dtype, kv.shape[3], layer=layer, **rows)
-        kv = kv_scales.rescale(kv, ratio, layer, page_table, kv_len - q_len)
+        kv = kv_scales.rescale(kv, ratio, k.shape[2], layer=layer, page_table=page_table, context=kv_len - q_len)
     kv = write_pages(new, kv, layer=layer, **rows)
     look = functools.partial(_look, kv=kv, kv_scale=kv_scale, layer=layer, window=window, scale=scale, softcap=softcap, sinks=sinks)
     look = functools.partial(look, sink_logits=sink_logits)
@@ -205,6 +205,7 @@ def write_pages(new, kv, *, layer, page_table, q_start, q_len, kv_len):
     _, pos, page, owned = kv_scales.owners(new.shape[0], page_size, page_table, q_start, q_len, kv_len)
     page = jnp.where(owned, page, kv.shape[1])  # out of range: dropped
     heads = jnp.arange(kv.shape[2])
+    new = jnp.pad(new, ((0, 0), (0, 0), (0, kv.shape[4] - new.shape[2])))
     return kv.at[layer, page[:, None], heads[None], (pos % page_size)[:, None]].set(new, mode="drop")
 
 
@@ -262,24 +263,22 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dot = functools.partial(_products if chunk == 1 else jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     whole = chunk == 1  # zeros under the value lanes: the product reads whole rows, which need not be cut out
-    qs = _by_heads((qs * scale).astype(dtype), heads, whole)
+    qs = _by_heads((qs * scale).astype(dtype), heads, kv.shape[4] if whole else dim)
     flat = lambda x: jnp.broadcast_to(x[:, :, None], (rows, chunk, group, x.shape[2])).reshape(rows, 1, chunk * group, -1)
     depth = pos if nodes is None else jnp.where(pos >= 0, nodes[0][:, None] + _depth(nodes[1]), -1)
     nodes = nodes and (nodes[0].reshape(rows, 1, 1, 1), flat(nodes[1]))
     pos, depth = flat(pos[..., None]), flat(depth[..., None])
     low = jnp.where(window > 0, depth - window + 1, 0)
-    first = jnp.maximum(jnp.min(jnp.where(pos >= 0, low, jnp.iinfo(jnp.int32).max)), 0) // block
-    last = (jnp.max(pos) + block) // block
+    first, last = jnp.maximum(jnp.min(jnp.where(pos >= 0, low, 1 << 30)), 0) // block, (jnp.max(pos) + block) // block
 
     def attend(q, ids, inside, sums):
         """Adds the tokens of pages ids [R, n] that are inside [R, 1, C * G, n * page] to the running sums."""
         top, total, acc = sums
-        found = kv[layer, ids] if kv_scale is None else kv_scales.unpack(kv[layer, ids], kv_scale[layer, ids], dtype)
-        found = found.swapaxes(1, 2).reshape(rows, heads, inside.shape[-1], 2 * dim)
+        found = kv[layer, ids] if kv_scale is None else kv_scales.unpack(kv[layer, ids], kv_scale[layer, ids], dim, dtype)
+        found = found.swapaxes(1, 2).reshape(rows, heads, inside.shape[-1], -1)
         # Values that nobody may see become 0: a NaN there would survive its zero weight.
-        seen = inside.any(axis=2)[..., None]
-        found = jnp.where(seen, found, 0)
-        keys, values = (found, found) if whole else (found[..., :dim], found[..., dim:])
+        found = jnp.where(inside.any(axis=2)[..., None], found, 0)
+        keys, values = (found, found) if whole else (found[..., :dim], found[..., dim : 2 * dim])
         scores = dot("rhqd,rhtd->rhqt", q, keys)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -288,7 +287,7 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
         weight = jnp.exp(scores - new_top[..., None])
         keep = jnp.exp(top - new_top)
         mixed = dot("rhqt,rhtd->rhqd", weight.astype(dtype), values)
-        return new_top, total * keep + weight.sum(-1), acc * keep[..., None] + mixed[..., -dim:]
+        return new_top, total * keep + weight.sum(-1), acc * keep[..., None] + (mixed[..., dim : 2 * dim] if whole else mixed)
 
     def step(carry):
         i, *sums = carry
@@ -297,8 +296,8 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
         return i + 1, *attend(qs[0], ids, (at <= pos) & (at >= low if nodes is None else _in_tree(at, low, *nodes)), sums)
 
     shape = (rows, heads, chunk * group)
-    top, total = _begin(shape, None if sink_logits is None else jnp.tile(sink_logits.reshape(heads, group), (1, chunk)))
-    sums = (top, total, jnp.zeros((*shape, dim), jnp.float32))
+    logits = None if sink_logits is None else jnp.tile(sink_logits.reshape(heads, group), (1, chunk))
+    sums = (*_begin(shape, logits), jnp.zeros((*shape, dim), jnp.float32))
     if sinks:
         first_pages = table[:, : -(-sinks // page_size)]
         at = jnp.arange(first_pages.shape[1] * page_size)
@@ -310,12 +309,12 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
     return order(out), order(top + jnp.log(total))[..., 0]
 
 
-def _by_heads(qs, heads, whole):
-    """qs [R, C, n, Hq, D] to [n, R, heads, C * group, D], with as many zeros behind D if whole."""
+def _by_heads(qs, heads, lanes):
+    """qs [R, C, n, Hq, D] to [n, R, heads, C * group, lanes], zeros behind D."""
     rows, chunk, _, q_heads, dim = qs.shape
     qs = qs.reshape(rows, chunk, -1, heads, q_heads // heads, dim)
     qs = qs.transpose(2, 0, 3, 1, 4, 5).reshape(-1, rows, heads, chunk * q_heads // heads, dim)
-    return jnp.concatenate([qs, jnp.zeros_like(qs)], axis=-1) if whole else qs
+    return jnp.concatenate([qs, jnp.zeros((*qs.shape[:-1], lanes - dim), qs.dtype)], axis=-1) if lanes > dim else qs
 
 
 def _begin(shape, logits):

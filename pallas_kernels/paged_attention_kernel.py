@@ -48,7 +48,7 @@ def _visible(plan: Plan, s: Scalars, item: Item, tree: Any, base, keys: int, kno
         bits = jnp.zeros_like(place)
         for word in range(plan.tree_words):
             bits = jnp.where(place >> 5 == word, words[0, word : word + 1, :], bits)
-        return jnp.where(place < 0, mask(n), (bits >> (place & 31)) & 1 == 1)
+        return ((place < 0) & mask(n)) | ((place >= 0) & ((bits >> (place & 31)) & 1 == 1))
 
     return lambda n: None if SUBLANES * (n + 1) <= known else mask(n) if tree is None else node(n)
 
@@ -79,7 +79,7 @@ class _StreamSinks(NamedTuple):
         for copy in copies:
             copy.wait()
         left = jnp.minimum(plan.sinks, item.end - self.s.window[0])  # what the last row has left behind
-        known = lax.broadcasted_iota(jnp.int32, (plan.sink_rows, 2 * plan.head_dim), 0) < left
+        known = lax.broadcasted_iota(jnp.int32, (plan.sink_rows, plan.row), 0) < left
 
         def head(h):
             rows = jnp.where(known, self.buf[h].astype(jnp.float32), 0.0).astype(self.buf.dtype)  # zero times NaN must not be
@@ -283,7 +283,7 @@ def _specs(plan: Plan) -> dict[str, pl.BlockSpec]:
     tile_of = lambda c, i, s: (s.item_tile[i], c, 0, 0)
     seq_of = lambda c, i, s: (s.item_seq[i], c, 0, 0)
     spec = lambda shape, index, **how: pl.BlockSpec(shape, lambda c, i, *scalars: index(c, i, Scalars(*scalars)), **how)
-    row, decode = 2 * plan.head_dim, plan.decode
+    row, decode = plan.row, plan.decode
     queries = spec((1, plan.heads, plan.rows, plan.width), tile_of)
     blocks = pl.cdiv(plan.pages_per_seq, plan.block_pages)
     return {
@@ -303,7 +303,7 @@ def _specs(plan: Plan) -> dict[str, pl.BlockSpec]:
 
 
 def _scratch(plan: Plan, dtype) -> dict[str, Any]:
-    f32, row = lambda *shape: pltpu.VMEM(shape, jnp.float32), 2 * plan.head_dim
+    f32, row = lambda *shape: pltpu.VMEM(shape, jnp.float32), plan.row
     sums = (
         [(plan.rows, n) for n in (plan.width, LANES, LANES)]
         if plan.decode

@@ -127,7 +127,7 @@ class Writer(NamedTuple):
     def _new_rows(self, h, shift):
         """New rows of head h in float32, moved so that a row's index is its position modulo the window size."""
         if self.plan.decode:
-            return jnp.broadcast_to(self.new[0, 0, pl.ds(h, 1), :].astype(jnp.float32), (self.plan.align, 2 * self.plan.head_dim))
+            return jnp.broadcast_to(self.new[0, 0, pl.ds(h, 1), :].astype(jnp.float32), (self.plan.align, self.plan.row))
         return pltpu.roll(self.new[0, h].astype(jnp.float32), shift, 0)
 
     def patch(self, item: Item, b, slot, parity):
@@ -139,7 +139,7 @@ class Writer(NamedTuple):
 
     def _patch_window(self, item: Item, start, b, slot, parity, w):
         plan = self.plan
-        pos = start + lax.broadcasted_iota(jnp.int32, (plan.align, 2 * plan.head_dim), 0)
+        pos = start + lax.broadcasted_iota(jnp.int32, (plan.align, plan.row), 0)
         is_new = (pos >= item.first) & (pos < item.end)
         rows = pl.ds(pl.multiple_of(start - b * plan.block, plan.align), plan.align)
         shift = lax.rem(item.first - item.row + plan.tile, plan.align)
@@ -193,32 +193,37 @@ class Scaled(NamedTuple):
     plan: Plan
     scales: jax.Array  # SMEM [1, 1, blocks, 2 * heads * block_pages]: for head h its keys' scales of all pages, then its values'
     buf: jax.Array
-    plain: jax.Array  # [1, heads, block, 2 * head_dim]
+    plain: jax.Array  # [1, heads, block, row]
 
     def unpack(self, item: Item, b, slot):
         """Fills `plain` with what the item sees of block b."""
         plan, page = self.plan, self.plan.page
-        keys = lax.broadcasted_iota(jnp.int32, (1, 2 * plan.head_dim), 1) < plan.head_dim
+        unit = math.lcm(page, 32)  # rows of a tile of 8-bit numbers
+        lane = lax.broadcasted_iota(jnp.int32, (unit, plan.row), 1)
+        row = lax.broadcasted_iota(jnp.int32, (unit, plan.row), 0)
 
-        def one(n, _):
-            rows = pl.ds(pl.multiple_of(n * page, page), page)
+        def some(n, _):
+            rows = pl.ds(pl.multiple_of(n * unit, unit), unit)
             for h in range(plan.heads):
-                at = 2 * h * plan.block_pages + n
-                scale = jnp.where(keys, self.scales[0, 0, b, at], self.scales[0, 0, b, at + plan.block_pages])
+                scale = jnp.zeros((unit, plan.row), jnp.float32)
+                for at in range(unit // page):
+                    place = 2 * h * plan.block_pages + n * (unit // page) + at
+                    keys, values = self.scales[0, 0, b, place], self.scales[0, 0, b, place + plan.block_pages]
+                    scale = jnp.where(row >= at * page, jnp.where(lane < plan.head_dim, keys, values), scale)
                 self.plain[0, h, rows, :] = (self.buf[slot, h, rows, :].astype(jnp.float32) * scale).astype(self.plain.dtype)
 
-        first = jnp.maximum(item.low - b * plan.block, 0) // page
-        lax.fori_loop(first, pl.cdiv(jnp.minimum(item.end - b * plan.block, plan.block), page), one, None)
+        first = jnp.maximum(item.low - b * plan.block, 0) // unit
+        lax.fori_loop(first, pl.cdiv(jnp.minimum(item.end - b * plan.block, plan.block), unit), some, None)
 
 
 def clear_unseen_values(plan: Plan, item: Item, base, keys, buf, slot):
     """Zeroes those values among the first `keys` of the block at position `base` that no row
     of the item sees: zero times what lies there must not be NaN."""
     chunk = math.gcd(LANES, keys) if isinstance(keys, int) else math.gcd(LANES, plan.piece)
-    lanes = slice(plan.value_lane, 2 * plan.head_dim)
+    lanes = slice(plan.value_lane, plan.row)
 
     def clear(n, _):
-        pos = base + n * chunk + lax.broadcasted_iota(jnp.int32, (chunk, 2 * plan.head_dim - plan.value_lane), 0)
+        pos = base + n * chunk + lax.broadcasted_iota(jnp.int32, (chunk, plan.row - plan.value_lane), 0)
         rows, seen = pl.ds(pl.multiple_of(n * chunk, chunk), chunk), (pos >= item.low) & (pos < item.end)
         for h in range(plan.heads):
             buf[slot, h, rows, lanes] = jnp.where(seen, buf[slot, h, rows, lanes].astype(jnp.float32), 0.0).astype(buf.dtype)

@@ -24,6 +24,7 @@ class Plan:
     chunks: int  # steps that share the heads: of one work item each its own part
     group: int  # query heads of one key-value head
     head_dim: int
+    row: int  # lanes of a row of the cache: key, value, and what fills the last tile of lanes
     page: int
     pages_per_seq: int
     block_pages: int
@@ -70,11 +71,16 @@ class Plan:
     @property
     def width(self) -> int:
         """Lanes of a query row, and of an output row of decode."""
-        return self.head_dim if self.split else 2 * self.head_dim
+        return self.head_dim if self.split else self.row
 
     @property
     def value_lane(self) -> int:
         return self.head_dim if self.split else 0
+
+    @property
+    def first_value(self) -> int:
+        """Place of the first value in what the weights' product with `value_lane` and on gives."""
+        return self.head_dim - self.value_lane
 
     @property
     def windows(self) -> int:
@@ -102,7 +108,7 @@ def work_items(plan: Plan, rows: int, q_start, q_len):
 
 
 def make_plan(q, kv, pages_per_seq: int, q_max: int, softcap: float | None, sinks: int) -> Plan:
-    heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
+    heads, page, row, head_dim = *kv.shape[2:], q.shape[2]
     group, size = q.shape[1] // heads, kv.dtype.itemsize
     if q_max == 1:
         tile, rows, align, chunk, unit = 1, pl.cdiv(group, 8) * 8, math.lcm(32 // size, page if size == 1 else 1), heads, page
@@ -113,33 +119,35 @@ def make_plan(q, kv, pages_per_seq: int, q_max: int, softcap: float | None, sink
         rows, align, unit = tile * group, math.lcm(tile, page) if size == 1 else tile, math.lcm(page, LANES)
         chunk = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * rows <= CHUNK_ROWS))
     unit = math.lcm(unit, align)  # a window never straddles two blocks
-    keys = min(BLOCK_KEYS, BLOCK_BYTES // (chunk * 2 * head_dim * size))
+    keys = min(BLOCK_KEYS, BLOCK_BYTES // (chunk * row * size))
     block_pages = min(max(keys // unit, 1), pl.cdiv(pages_per_seq * page, unit)) * unit // page
     write_rows, compute = (
         min(align, page, 8 * max(1, 4 // size // 2) if q_max == 1 else align),
         q.dtype if size == 1 else jnp.promote_types(q.dtype, kv.dtype),
     )
-    sizes = (chunk, heads // chunk, group, head_dim, page, pages_per_seq, block_pages)
+    sizes = (chunk, heads // chunk, group, head_dim, row, page, pages_per_seq, block_pages)
     return Plan(*sizes, tile, rows, align, write_rows, softcap, compute, sinks, quantized=size == 1)
 
 
 def vmem_bytes(plan: Plan, kv_size: int, q_size: int) -> int:
     """VMEM that the kernel asks for, with room for the scores of the heads in flight."""
-    row = 2 * plan.head_dim * plan.heads * kv_size
+    row = plan.row * plan.heads * kv_size
     cache = row * (2 * plan.block + 2 * plan.windows * plan.align + 2 * max(plan.tile, 8))
     cache += row * plan.sink_rows
     queries = 4 if plan.sinks == 0 else 6  # tiles in flight: of queries, of the sinks', and of the output
     stats = 2 * LANES if plan.decode else 2 * 8
     tile = plan.heads * plan.rows * (plan.width * (queries * q_size + 4) + stats * 4)
     scores = 8 * max(plan.rows, 128) * plan.block if plan.decode else 4 * plan.rows * plan.piece
-    plain = 2 * plan.head_dim * plan.heads * plan.block * plan.compute.itemsize if plan.quantized else 0
+    plain = plan.row * plan.heads * plan.block * plan.compute.itemsize if plan.quantized else 0
     return cache + tile + plain + scores * 4
 
 
 def check(q, k, v, kv, page_table, q_max: int) -> None:
-    if kv.ndim != 5 or kv.shape[4] % 32:
-        raise ValueError(f"kv has shape {kv.shape}: must be [layers, pages, kv_heads, page, 2*head_dim], head_dim a multiple of 16")
-    heads, page, head_dim = kv.shape[2], kv.shape[3], kv.shape[4] // 2
+    if kv.ndim != 5 or kv.shape[4] % LANES:
+        raise ValueError(f"kv has shape {kv.shape}: must be [layers, pages, kv_heads, page, lanes], lanes a multiple of {LANES}")
+    heads, page, head_dim = kv.shape[2], kv.shape[3], q.shape[-1]
+    if head_dim % 16:
+        raise ValueError(f"head_dim {head_dim}: must be a multiple of 16")
     if page % 16 or not 16 <= page <= 256:
         raise ValueError(f"page size {page}: must be a multiple of 16 from 16 to 256")
     if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % heads:

@@ -67,7 +67,7 @@ class Rows(NamedTuple):
             self.top[...] = logits[...]
 
     def attend(self, h, q, kv, visible):
-        """One step: rows q [rows, width] of head h against keys and values kv [keys, 2 * head_dim]. visible: a mask [rows, keys], or None
+        """One step: rows q [rows, width] of head h against keys and values kv [keys, row]. visible: a mask [rows, keys], or None
         where every row sees all."""
         plan, acc, top, total = self.plan, self.acc, self.top, self.total
         keys, values = kv[:, : plan.width].astype(plan.compute), kv[:, plan.value_lane :].astype(plan.compute)
@@ -115,7 +115,7 @@ class Columns(NamedTuple):
             self.top[...] = jnp.broadcast_to(logits[...], self.top.shape)
 
     def _scores(self, q, keys):
-        """Scores of kv [keys, 2 * head_dim], as [SUBLANES, rows] of each eight keys."""
+        """Scores of kv [keys, row], as [SUBLANES, rows] of each eight keys."""
         scores = _capped(self.plan, _dot(self.plan, keys[:, : self.plan.width].astype(self.plan.compute), q, ((1,), (1,))))
         return [scores[at : at + SUBLANES] for at in range(0, scores.shape[0], SUBLANES)]
 
@@ -131,7 +131,7 @@ class Columns(NamedTuple):
         self.total[h] *= shrink
 
     def attend(self, h, q, kv, visible, settled=False):
-        """One step: rows q [rows, width] of head h against keys and values kv [keys, 2 * head_dim]. visible: None where every row sees all,
+        """One step: rows q [rows, width] of head h against keys and values kv [keys, row]. visible: None where every row sees all,
         or a function of n giving the mask [SUBLANES, rows] of keys 8 * n .. 8 * n + 7, or None. settled: every row has a reference, which
         stays."""
         plan, acc, total, worst = self.plan, self.acc, self.total, self.worst
@@ -149,7 +149,7 @@ class Columns(NamedTuple):
         total[h] = old_total + functools.reduce(jnp.add, weights)
         values = kv[:, plan.value_lane :].astype(plan.compute).T
         mixed = _dot(plan, values, jnp.concatenate(weights, axis=0).astype(plan.compute), ((1,), (0,)))
-        acc[h] = old_acc + mixed[plan.width - plan.head_dim :]
+        acc[h] = old_acc + mixed[plan.first_value : plan.first_value + plan.head_dim]
 
     def result(self, h):
         """[D, rows] of head h."""

@@ -21,18 +21,19 @@ def to_tiles(plan: Plan, q):
 
 
 def new_to_tiles(plan: Plan, new):
-    """New rows of the cache [T, Hkv, 2D] to [tiles, Hkv, tile, 2D]; for decode to [T, chunks, heads, 2D]."""
+    """New rows of the cache [T, Hkv, 2D] to [tiles, Hkv, tile, row]; for decode to [T, chunks, heads, row]."""
+    new = jnp.pad(new, ((0, 0), (0, 0), (0, plan.row - new.shape[-1])))
     if plan.decode:
         return new.reshape(new.shape[0], plan.chunks, plan.heads, new.shape[-1])
     new = jnp.pad(new, ((0, -new.shape[0] % plan.tile), (0, 0), (0, 0)))
-    return new.reshape(-1, plan.tile, plan.heads * plan.chunks, 2 * plan.head_dim).transpose(0, 2, 1, 3)
+    return new.reshape(-1, plan.tile, plan.heads * plan.chunks, plan.row).transpose(0, 2, 1, 3)
 
 
 def from_tiles(plan: Plan, out, t: int):
     """The output, [tiles, Hkv, rows, width] for decode and [tiles, Hkv, D, rows] otherwise, as [T, Hq, D]."""
     heads = plan.heads * plan.chunks
     if plan.decode:
-        return out[:, :, : plan.group, plan.width - plan.head_dim :].reshape(t, heads * plan.group, plan.head_dim)
+        return out[:, :, : plan.group, plan.first_value : plan.first_value + plan.head_dim].reshape(t, heads * plan.group, plan.head_dim)
     out = out.reshape(-1, heads, plan.head_dim, plan.group, plan.tile).transpose(0, 4, 1, 3, 2)
     return out.reshape(-1, heads * plan.group, plan.head_dim)[:t]
 
@@ -70,5 +71,5 @@ def scale_operands(plan: Plan, kv_scale, ratio, page_table, low, kv_len):
     scales = jnp.where(seen[..., None], kv_scale[jnp.where(seen, page_table, 0)], 0.0)
     scales = jnp.pad(scales, ((0, 0), (0, blocks * plan.block_pages - plan.pages_per_seq), (0, 0)))
     scales = scales.reshape(seqs, blocks, plan.block_pages, plan.chunks, -1).transpose(0, 3, 1, 4, 2)
-    row = kv_scales.lanes(ratio, plan.head_dim)
+    row = kv_scales.lanes(ratio, plan.head_dim, plan.row)
     return {"scales": scales.reshape(seqs, plan.chunks, blocks, -1), "ratio": row.reshape(seqs, plan.chunks, plan.heads, -1)}

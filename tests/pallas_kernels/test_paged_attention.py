@@ -49,7 +49,7 @@ def test_reference_matches_oracle(case: Case) -> None:
     ("change", "message"),
     [
         (dict(k=(4, 2, 32)), "k "),
-        (dict(kv=(1, 4, 2, 16, 48)), "twice head_dim"),
+        (dict(kv=(1, 4, 2, 16, 24)), "twice head_dim"),
         (dict(q=(4, 3, 16)), "multiple of the 2 kv heads"),
         (dict(kv=(1, 4, 2, 12, 32)), "page size 12"),
         (dict(q_max=5), "q_max=5"),

@@ -49,6 +49,7 @@ class Program:
     logits: bool = False
     tree: int = 0  # words
     splits: int = 1
+    lanes: int = 0  # of a row of the cache, where it is longer than key and value
     transfers: str = "eager"
 
     @functools.cached_property
@@ -83,7 +84,8 @@ def build(program: Program, case: Case):
     k, v = draw(program.rows, heads, program.head_dim), draw(program.rows, heads, program.head_dim)
     kind = program.kv_dtype or q.dtype
     cached = (lambda *shape: rng.integers(-127, 128, shape)) if kind == jnp.int8 else lambda *shape: draw(*shape).astype(np.float32)
-    kv = np.full((LAYERS, pool, heads, page, 2 * program.head_dim), 77 if kind == jnp.int8 else np.nan, kind)
+    width = program.lanes or 2 * program.head_dim
+    kv = np.full((LAYERS, pool, heads, page, width), 77 if kind == jnp.int8 else np.nan, kind)
     scales = np.full((LAYERS, pool, 2 * heads), np.nan, np.float32)
     order, table = rng.permutation(pool), rng.integers(0, pool, (program.seqs, program.pages), dtype=np.int32)
     for r, (new, total) in enumerate(zip(case.q_len, case.kv_len, strict=True)):
@@ -92,7 +94,8 @@ def build(program: Program, case: Case):
         for j in (*kept, *range(low // page, math.ceil(total / page))):  # entries of pages that fell out of the window stay arbitrary
             table[r, j] = order[r * program.pages + j]
             rows = max(0, min(page, total - new - j * page))
-            kv[:, table[r, j], :, :rows] = cached(LAYERS, heads, rows, 2 * program.head_dim)
+            kv[:, table[r, j], :, :rows] = 0
+            kv[:, table[r, j], :, :rows, : 2 * program.head_dim] = cached(LAYERS, heads, rows, 2 * program.head_dim)
             if rows:
                 scales[:, table[r, j]] = rng.uniform(0.3, 1.5, (LAYERS, 2 * heads)) / (60 if kind == jnp.int8 else 1)
     data = dict(q_start=starts, q_len=np.array(case.q_len, np.int32), kv_len=np.array(case.kv_len, np.int32))
@@ -144,7 +147,8 @@ def write(program: Program, k, v, kv, data):
                     was = cache[LAYER, place, :, :kept].astype(np.float32)
                     cache[LAYER, place, :, :kept] = rounded(was * lanes(old / scales[LAYER, place])).astype(cache.dtype)
                 found = rounded(found.astype(np.float32) / lanes(scales[LAYER, place])[:, 0]).astype(cache.dtype)
-            cache[LAYER, place][:, here % program.page] = found.swapaxes(0, 1)
+            cache[LAYER, place][:, here % program.page] = 0
+            cache[LAYER, place][:, here % program.page, : 2 * program.head_dim] = found.swapaxes(0, 1)
     true = cache[LAYER].astype(np.float64)
     if scales is not None:
         true = true * scales[LAYER].reshape(*scales.shape[1:2], -1, 2).repeat(program.head_dim, axis=2)[:, :, None]
@@ -182,7 +186,7 @@ def oracle(program: Program, q, k, v, kv, data):
             top = np.maximum(scores.max(axis=1, keepdims=True), extra)
             weights = np.exp(scores - top)
             total = weights.sum(axis=1, keepdims=True) + np.exp(extra - top)
-            out[row] = np.einsum("hn,nhd->hd", weights / total, rows[..., dim:])
+            out[row] = np.einsum("hn,nhd->hd", weights / total, rows[..., dim : 2 * dim])
             lse[row] = (top + np.log(total))[:, 0]
     return out, cache, scales, lse
 
@@ -222,7 +226,7 @@ PROGRAMS = {
     "int8": Program(seqs=6, rows=110, q_max=48, pages=6, page=32, group=1, kv_dtype=jnp.int8, transfers="on_wait"),
     "int8_decode": Program(seqs=4, rows=5, q_max=1, pages=4, page=32, kv_dtype=jnp.int8),
     "fp8": Program(seqs=6, rows=97, q_max=48, pages=6, page=16, group=2, head_dim=64, dtype=jnp.bfloat16, kv_dtype=FP8),
-    "head80": Program(seqs=6, rows=97, q_max=48, pages=6, group=2, head_dim=80, dtype=jnp.bfloat16),
+    "head80": Program(seqs=6, rows=97, q_max=48, pages=6, group=2, head_dim=80, lanes=256, dtype=jnp.bfloat16),
     "head256": Program(seqs=4, rows=60, q_max=40, pages=8, group=2, kv_heads=1, head_dim=256),
     "splits": Program(seqs=3, rows=4, q_max=1, pages=9, page=128, group=8, kv_heads=1, dtype=jnp.bfloat16, splits=2),
     "sinks_decode": Program(seqs=5, rows=6, q_max=1, pages=7, sinks=4, transfers="on_wait"),
@@ -282,6 +286,7 @@ def test_matches_oracle(case, capfd):
     ("change", "message"),
     [
         (dict(kv=(1, 4, 2, 16, 240)), "kv has shape"),
+        (dict(q=(4, 4, 24)), "head_dim 24"),
         (dict(kv=(1, 4, 2, 24, 256)), "page size 24"),
         (dict(q=(4, 3, 128)), "q has shape"),
         (dict(q_max=0), "q_max is 0"),
