@@ -36,6 +36,7 @@ def experts(x: jax.Array, live: jax.Array, router: jax.Array, gate_up: Any, down
     tokens of its own, and the sums are added up."""
     weights, chosen = route(x, router, c)
     chosen = jnp.where(live[:, None], chosen, c.num_experts)
+    weights = jnp.where(live[:, None], weights, 0)  # what such a row holds may be no number
     (gate_up, layer), (down, _) = stack_of(gate_up), stack_of(down)
     body = functools.partial(_own_experts, c=c, target=target)
     axis = partition(("experts",))[0]

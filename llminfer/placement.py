@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 
 from llminfer import cache, params
 from llminfer.config import EngineConfig, ModelConfig
@@ -49,6 +50,8 @@ def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) ->
     made = jax.eval_shape(rounded, shape)
     groups = spec.axes[-2] if made.scale.shape[-2] > 1 else None
     by_group = where((*spec.axes[:-2], groups, spec.axes[-1]))
+    if target.platform == "tpu":  # XLA would rather order the axes so that a tile is full, and copy them to the kernel's order at each step
+        by_group = Format(Layout(tuple(range(made.scale.ndim))), by_group)
     placed = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
     return replace(made, q=placed(made.q, where(spec.axes)), scale=placed(made.scale, by_group))
 
@@ -79,9 +82,12 @@ def tree_bytes(tree: Any) -> int:
 
 def zeros(shapes: Any) -> Any:
     """Arrays of zeros for ShapeDtypeStructs with shardings."""
-    return jax.jit(
-        lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=jax.tree.map(lambda s: s.sharding, shapes)
-    )()
+    return jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=jax.tree.map(place_of, shapes))()
+
+
+def place_of(shape: Any) -> Any:
+    """Where an array of a ShapeDtypeStruct lies: its sharding, and the order of its axes where that is given."""
+    return shape.sharding if shape.format.layout is None else shape.format
 
 
 def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
@@ -98,7 +104,7 @@ def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, setting
     if target.stacked:
         placed = params.stack(placed, c)
     wanted = abstract_params(c, settings, target)
-    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), placed, wanted)
+    return jax.tree.map(lambda x, s: jax.device_put(x, place_of(s)), placed, wanted)
 
 
 def _rounders(settings: EngineConfig, target: Target) -> Any:
@@ -145,7 +151,7 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
         del x  # before the next one is read
     placed = params_of(listed, c, first=under_scan)
     placed = replace(placed, stacked=tuple(params.Layer(**fields) for fields in stacked))
-    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), placed, wanted)
+    return jax.tree.map(lambda x, s: jax.device_put(x, place_of(s)), placed, wanted)
 
 
 def pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, target: Target) -> tuple[int, ...]:

@@ -1,0 +1,117 @@
+"""Compiles the step programs of real models, a few layers of each, for real TPUs on this machine: a table of the memory they take.
+
+    python tests/compile_matrix.py [--chips v4 v5e ...] [--models llama3_8b ...] [--quantize none int4 ...] [--kinds decode mixed] [--once]
+
+Needs libtpu (the extra tpu). For each program: temporaries with P pages, what they grow by with 2 * P in hundredths of what the cache grows
+(under 1 is asked for), and how much of the cache is updated in place; temporaries under half of one
+layer's weights and three times the logits. Exit code 1 where something does not compile or is not as asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+# Layers: for Gemma two patterns and what is left over.
+MODELS = {"llama3_8b": 3, "gemma3_4b": 14, "qwen3_30b_a3b": 3}
+QUANTIZE = (None, "int8", "int4", "w8a8")
+KINDS = ("decode", "mixed")
+SLOTS, CONTEXT, PAGE, CHUNK = 16, 2048, 16, 256
+PAGES = SLOTS * CONTEXT // PAGE
+ENVIRONMENT = {
+    **{"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TF_CPP_MIN_LOG_LEVEL": "3"},
+    **{"TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+}
+
+
+class Memory(NamedTuple):
+    """Bytes. layer: the weights of one layer, the largest; logits: those of one step, which sampling holds a few times."""
+
+    temporaries: int
+    aliased: int
+    cache: int
+    layer: int
+    logits: int
+
+
+def compiled(chip: str, model: str, quantize: str | None, kind: str, pages: int = PAGES) -> Memory:
+    """What the compiler says of one step program with this many pages of each group."""
+    import jax
+    from jax.experimental import topologies
+    from jax.experimental.layout import Format
+    from jax.sharding import SingleDeviceSharding
+
+    from llminfer import placement
+    from llminfer.batch import BatchShape
+    from llminfer.config import EngineConfig, from_toml
+    from llminfer.programs import Program, Programs
+    from llminfer.target import Target, chip_of
+
+    c = dataclasses.replace(from_toml(model), num_layers=MODELS[model])
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
+    settings, target = EngineConfig(quantize=quantize, slots=SLOTS, page_size=PAGE), Target.of("tpu", chip=chip_of(device))
+    weights = placement.abstract_params(c, settings, target)
+    cache = placement.abstract_cache(c, settings, target, (pages,) * len(c.groups))
+    shapes: Any = (weights, cache, placement.abstract_history(settings, target, CONTEXT))
+    there = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=Format(s.format.layout, SingleDeviceSharding(device)))
+    shapes = jax.tree.map(there, shapes)
+    programs = Programs(c, target, shapes, most=32)
+    tokens = SLOTS if kind == "decode" else CHUNK + SLOTS
+    found = programs.lower(Program(kind, BatchShape(tokens, SLOTS, CONTEXT // PAGE, len(c.groups)))).compile().memory_analysis()
+    programs.close()
+    layer = max(placement.tree_bytes(layer) // len(layer.o if hasattr(layer.o, "shape") else layer.o.q) for layer in weights.stacked)
+    return Memory(found.temp_size_in_bytes, found.alias_size_in_bytes, placement.tree_bytes(cache), layer, 4 * SLOTS * c.vocab_size)
+
+
+def row(chip: str, model: str, quantize: str | None, kind: str, once: bool) -> tuple[bool, str]:
+    """(whether all is as asked for, a line of the table). once: not with twice the pages."""
+    start = time.perf_counter()
+    name = f"{chip:6} {model:14} {quantize or 'bf16':5} {kind:7}"
+    try:
+        small = compiled(chip, model, quantize, kind)
+        large = small if once else compiled(chip, model, quantize, kind, 2 * PAGES)
+    except Exception as error:
+        return False, f"{name} FAILED {type(error).__name__}: {' '.join(str(error).split())[:600]}"
+    growth = 100 * (large.temporaries - small.temporaries) / small.cache
+    good = (
+        growth < 1
+        and small.temporaries < small.layer / 2 + 3 * small.logits
+        and small.aliased >= small.cache
+        and large.aliased >= large.cache
+    )
+    sizes = f"{small.temporaries / 1e6:8.2f} {large.temporaries / 1e6:8.2f} {small.layer / 1e6:8.1f} {small.cache / 1e6:8.1f}"
+    shares = f"{growth:7.3f} {small.aliased / small.cache:8.3f} {large.aliased / large.cache:8.3f}"
+    return good, f"{name} {sizes} {shares} {time.perf_counter() - start:6.1f}{'' if good else '  NOT AS ASKED FOR'}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compiles step programs for TPUs and prints the memory they take.")
+    parser.add_argument("--chips", nargs="*", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--quantize", nargs="*", choices=[q or "none" for q in QUANTIZE], default=[q or "none" for q in QUANTIZE])
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--once", action="store_true", help="with P pages only: half the time")
+    asked = parser.parse_args()
+    print("chip   model          as    program  temp MB  with 2P layer MB cache MB growth% aliased  with 2P  seconds", flush=True)
+    good = True
+    for chip in asked.chips:
+        for model in asked.models:
+            for quantize in asked.quantize:
+                for kind in asked.kinds:
+                    fine, line = row(chip, model, None if quantize == "none" else quantize, kind, asked.once)
+                    print(line, flush=True)
+                    good &= fine
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.exit(main())

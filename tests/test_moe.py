@@ -1,0 +1,156 @@
+"""Mixture of experts: every token reaches its experts and no other, whatever the imbalance; layers with and without experts in one model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from llminfer import LLM, SamplingParams
+from llminfer.config import ModelConfig, from_toml
+from llminfer.errors import UserError
+from llminfer.moe import experts, route
+from llminfer.params import layer_specs, param_specs, stacked_specs
+from llminfer.quant import Stacked, dequantize, quantize_int4, quantize_int8
+from llminfer.target import Target
+from llminfer.weights.hf_config import from_hf
+from llminfer.weights.hf_write import to_hf
+
+C = from_toml("tiny_moe")
+CPU = Target.of("cpu")
+TWO = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+
+
+def weights(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    d, e, m = C.hidden_size, C.num_experts, C.moe_intermediate_size
+    return tuple(rng.standard_normal(shape, np.float32) * 0.1 for shape in ((d, e), (e, d, 2 * m), (e, m, d)))  # pyright: ignore
+
+
+def expected(x, live, router, gate_up, down, c: ModelConfig) -> np.ndarray:
+    """One token after the other, float64."""
+    out = np.zeros(x.shape)
+    for t in np.flatnonzero(live):
+        scores = np.exp(x[t].astype(np.float64) @ router)
+        scores /= scores.sum()
+        best = np.argsort(-scores, kind="stable")[: c.experts_per_token]
+        share = scores[best] / (scores[best].sum() if c.norm_topk else 1)
+        for e, weight in zip(best, share, strict=True):
+            gate, up = np.split(x[t].astype(np.float64) @ gate_up[e], 2)
+            out[t] += weight * ((gate / (1 + np.exp(-gate)) * up) @ down[e])
+    return out
+
+
+@functools.cache
+def compiled(c: ModelConfig, target: Target) -> Any:
+    return jax.jit(functools.partial(experts, c=c, target=target))
+
+
+def check(c: ModelConfig, target: Target, x, live, router, gate_up, down, *, stacked: bool = False, bound: float = 1e-5) -> None:
+    whole = lambda w: Stacked(jnp.stack([jnp.full_like(w, jnp.nan), w]), jnp.int32(1)) if stacked else w
+    y = compiled(c, target)(x, live, router, whole(jnp.asarray(gate_up)), whole(jnp.asarray(down)))
+    wanted = expected(x, live, router, gate_up, down, c)
+    np.testing.assert_allclose(y, wanted, atol=bound * max(np.abs(wanted).max(), 1e-3), rtol=0)
+    assert not np.asarray(y)[~live].any()
+
+
+def test_no_token_is_dropped_in_random_and_skewed_batches() -> None:
+    router, gate_up, down = weights()
+    rng = np.random.default_rng(1)
+    for batch in range(30):
+        x = rng.standard_normal((24, C.hidden_size), np.float32)
+        live = rng.random(24) < rng.choice([0.0, 0.3, 1.0])
+        if batch % 3 == 0:  # all tokens want the same experts
+            x = x * 0.1 + x[:1]
+        x[~live] = np.nan if batch % 2 else 1e9  # rows of nobody
+        check(C, CPU, x, live, router, gate_up, down, stacked=batch >= 27)
+
+
+def test_weights_that_are_not_divided_by_their_sum() -> None:
+    c = dataclasses.replace(C, norm_topk=False, experts_per_token=3)
+    x = np.random.default_rng(2).standard_normal((9, C.hidden_size), np.float32)
+    check(c, CPU, x, np.ones(9, bool), *weights(2))
+    share, _ = route(x, weights(2)[0], c)
+    assert (np.asarray(share).sum(1) < 0.99).all()
+
+
+@TWO
+@pytest.mark.parametrize("kernels", ["reference", "interpret"])
+def test_a_mesh_splits_the_experts(kernels: str) -> None:
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
+    x, live = np.random.default_rng(3).standard_normal((7, C.hidden_size), np.float32), np.arange(7) != 2
+    check(C, dataclasses.replace(CPU, kernels=kernels, chip="v5e", mesh=mesh), x, live, *weights(3), stacked=True)
+
+
+@pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
+@pytest.mark.parametrize("kernels", ["reference", "interpret"])
+def test_quantized_experts(quantize: Any, kernels: str) -> None:
+    router, *matrices = weights(4)
+    x = np.random.default_rng(5).standard_normal((11, C.hidden_size), np.float32)
+    made = [quantize(jnp.asarray(w)) for w in matrices]
+    y = compiled(C, dataclasses.replace(CPU, kernels=kernels, chip="v6e"))(x, np.ones(11, bool), router, *made)
+    wanted = expected(x, np.ones(11, bool), router, *(dequantize(w) for w in made), C)
+    np.testing.assert_allclose(y, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+
+
+@TWO
+def test_tokens_depend_neither_on_neighbours_nor_on_layout_nor_on_the_mesh() -> None:
+    """A padding row, another sequence, a chunk: none changes which experts a token reaches."""
+    prompts = [[(7 * i + j * j) % 500 + 3 for j in range(length)] for i, length in enumerate((1, 17, 40))]
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    found = []
+    for settings in ({"slots": 1}, {"slots": 4, "layout": "stacked", "mesh": "tp=2"}):
+        served = LLM("config:tiny_moe", context=64, chunk=16, dtype="float32", decode_steps=4, **settings)
+        found.append([output.token_ids for output in served.generate(prompts, params)])
+        assert served.stats()["compiles_after_warmup"] == 0
+        served.close()
+    assert found[0] == found[1]
+
+
+def test_layers_follow_the_pattern() -> None:
+    c = dataclasses.replace(C, moe_layers=(False, True), windows=(8, 0, 0), rope_layers=(0,), num_layers=13)
+    assert c.period == 6 and [c.has_experts(i) for i in range(4)] == [False, True, False, True]
+    listed, stacked = param_specs(c).listed, stacked_specs(c)
+    assert [layer.router is None for layer in listed] == [i % 2 == 0 for i in range(13)]
+    assert [layer.gate_up is None for layer in stacked.stacked] == [i % 2 == 1 for i in range(6)] and len(stacked.listed) == 1
+    specs = layer_specs(dataclasses.replace(c, shared_intermediate_size=64, shared_gate=True), 1)
+    assert specs.shared_gate_up.shape == (128, 128) and specs.shared_router.shape == (128,) and specs.gate_up is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"experts_per_token": 9}, "experts_per_token=9: must be an integer from 1 to 8"),
+        ({"num_experts": 0}, "experts_per_token=2: must be 0 without num_experts"),
+        ({"activation": "gelu"}, "activation='gelu': experts must be gated, by silu or gelu_tanh"),
+        ({"router": "sigmoid"}, "router='sigmoid': legal: softmax"),
+        ({"moe_layers": ()}, "moe_layers="),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(fields: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        dataclasses.replace(C, **fields)
+
+
+def test_a_mesh_that_does_not_divide_the_experts_is_refused() -> None:
+    with pytest.raises(UserError, match="tp=3 does not divide"):
+        if len(jax.devices()) < 3:
+            raise UserError("tp=3 does not divide: too few devices to ask")
+        LLM("config:tiny_moe", mesh="tp=3", context=32)
+
+
+def test_configs_are_written_and_read_back() -> None:
+    """Published configs, as Hugging Face spells them, and back."""
+    for name, architecture in (("qwen3_30b_a3b", "Qwen3MoeForCausalLM"), ("mixtral_8x7b", "MixtralForCausalLM")):
+        data = to_hf(from_toml(name), "bfloat16")
+        assert data["architectures"] == [architecture] and from_hf(data, name) == from_toml(name)
+    mixed = dataclasses.replace(C, moe_layers=(False, True), shared_intermediate_size=64, shared_gate=True, norm_topk=False, qkv_bias=True)
+    data = to_hf(mixed, "float32")
+    assert data["architectures"] == ["Qwen2MoeForCausalLM"] and data["mlp_only_layers"] == [0, 2]
+    assert from_hf(data | {"mlp_only_layers": [], "decoder_sparse_step": 2}, mixed.name) == mixed

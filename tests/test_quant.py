@@ -1,0 +1,126 @@
+"""Quantized weights: what rounding loses, and that every way to multiply them gives the same product."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from llminfer import LLM
+from llminfer.config import EngineConfig, from_toml
+from llminfer.engine import Engine
+from llminfer.quant import QTensor, Stacked, dequantize, matmul, quantize_int4, quantize_int8, quantizer
+from llminfer.target import Target, chip_of
+
+CPU = Target.of("cpu")
+KERNEL = dataclasses.replace(CPU, kernels="interpret", chip="v5e")
+IDS = list(range(3, 40))
+
+
+def random(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def close(y, expected, bound: float = 1e-5) -> None:
+    np.testing.assert_allclose(np.asarray(y), expected, atol=bound * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize(("inner", "ways", "group"), [(256, 1, 128), (256, 2, 128), (192, 1, 64), (96, 1, 32), (256, 4, 64), (40, 1, 40)])
+def test_int4_groups_and_error(inner: int, ways: int, group: int) -> None:
+    w = np.asarray(random(3, inner, 24))
+    q = quantize_int4(jnp.asarray(w), ("kv_heads", "embed"), ways=ways)
+    assert q.q.dtype == jnp.int4 and q.q.shape == w.shape and q.scale.shape == (3, inner // group, 24)
+    most = np.abs(w).reshape(3, -1, group, 24).max(2)
+    np.testing.assert_allclose(q.scale, most / 7, rtol=1e-6)
+    error = np.abs(dequantize(q) - w).reshape(3, -1, group, 24)
+    assert (error <= most[:, :, None] / 14 * 1.001).all() and error.max() > 0
+    held = quantize_int4(jnp.asarray(w), ways=ways, dtype=jnp.int8)  # as a CPU keeps it
+    np.testing.assert_array_equal(dequantize(held), dequantize(q))
+
+
+def test_int8_error() -> None:
+    w = np.asarray(random(128, 48))
+    q = quantize_int8(jnp.asarray(w))
+    assert q.q.dtype == jnp.int8 and q.scale.shape == (1, 48)
+    assert (np.abs(dequantize(q) - w) <= np.abs(w).max(0) / 254 * 1.001).all()
+
+
+KINDS = ["int8", "int4", "w8a8"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", [CPU, KERNEL, Target.of("gpu", dtype="float32")], ids=["cpu", "kernel", "gpu"])
+def test_product_of_a_stack_and_of_one_matrix(kind: str, target: Target) -> None:
+    """Against float64, each target by its own rules: who rounds x, and what is left to XLA where a kernel cannot go."""
+    for inner in (256, 192):  # the kernel takes multiples of 128 only
+        x, w = random(5, inner, seed=1), random(3, inner, 128, seed=2)
+        made = quantizer(kind, ("layers", "embed", "mlp"), 1, target)(w)
+        assert made.by_token == (kind == "w8a8") and (made.q.dtype == jnp.int4) == (kind == "int4" and target.platform != "cpu")
+        full = dequantize(made).astype(np.float64)
+        rounded = kind == "w8a8" or (kind == "int8" and target is CPU)
+        amount = np.abs(np.asarray(x)).max(1, keepdims=True) / 127
+        seen = (np.round(np.asarray(x) / amount) * amount if rounded else np.asarray(x)).astype(np.float64)
+        one = jax.tree.map(lambda leaf: leaf[2], made)
+        close(jax.jit(lambda x, w: matmul(x, w, target))(x, one), seen @ full[2])
+        inside = jax.jit(lambda x, w, layer: matmul(x, Stacked(w, layer), target))
+        close(inside(x, made, jnp.int32(1)), seen @ full[1])
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")], ids=["columns", "rows"])
+def test_a_mesh_splits_the_kernel(kind: str, axes: tuple[str, str]) -> None:
+    target = dataclasses.replace(KERNEL, mesh=Mesh(np.array(jax.devices()[:2]), ("tp",)))
+    x, w = random(4, 512, seed=3), random(2, 512, 256, seed=4)
+    made = quantizer(kind, ("layers", *axes), 2 if axes[0] == "mlp" else 1, target)(w)
+    product = jax.jit(lambda x, w, layer: matmul(x, Stacked(w, layer), target))
+    y, full = product(x, made, jnp.int32(1)), np.asarray(x) @ dequantize(made)[1]
+    close(y, full, 0.02 if kind == "w8a8" else 1e-5)
+    if axes[1] == "mlp":
+        assert y.sharding.shard_shape(y.shape) == (4, 128)
+
+
+@functools.lru_cache
+def logits(model: str, **settings) -> np.ndarray:
+    served = LLM(model, slots=2, context=64, chunk=64, dtype="float32", expect=lambda _: (0, 0), **settings)
+    found = np.asarray(served.prompt_logits(IDS))
+    served.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "bound", "other"),
+    [("config:tiny_moe", "int4", 0.3, {"layout": "stacked"}), ("config:tiny", "w8a8", 0.05, {"layout": "stacked", "mesh": "tp=2"})],
+)
+def test_models_stay_close(model: str, kind: str, bound: float, other: dict) -> None:
+    if len(jax.devices()) < 2:
+        other = other | {"mesh": ""}
+    exact, rounded = logits(model), logits(model, quantize=kind)
+    assert 0 < np.abs(exact - rounded).max() < bound * np.ptp(exact)
+    close(logits(model, quantize=kind, **other), rounded, 1e-4)
+
+
+def test_tpu_kernels_give_the_same_logits_in_the_interpreter() -> None:
+    """A whole step with experts, stacked, every kernel interpreted, against plain jnp on the same int4 weights."""
+    c = dataclasses.replace(from_toml("tiny_moe"), num_layers=2, head_dim=64)
+    settings = EngineConfig(slots=1, context=16, chunk=16, quantize="int4")
+    found = []
+    for target in (KERNEL, dataclasses.replace(KERNEL, kernels="reference")):
+        engine = Engine(c, settings, dataclasses.replace(target, stacked=True))
+        engine.load(None)
+        found.append(np.asarray(engine.prompt_logits(IDS[:12])))
+        engine.programs.close()
+    close(found[0], found[1], 1e-4)
+
+
+def test_names_of_chips() -> None:
+    device = functools.partial(dataclasses.make_dataclass("Device", ["platform", "device_kind"]), "tpu")
+    kinds = ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "TPU v2"]
+    assert [chip_of(device(kind)) for kind in kinds] == ["v4", "v5e", "v5p", "v6e", "tpu7x", None]
+    assert chip_of(jax.devices()[0]) is None
+    assert isinstance(quantize_int8(jnp.ones((2, 2))), QTensor)
