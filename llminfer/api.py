@@ -50,7 +50,7 @@ class LLM:
         keep_compiled(cache_root(self.settings.cache_dir) / "xla")
         mesh = as_user_error(make_mesh, self._axes, devices())
         first, s = devices()[0], self.settings
-        self.target = Target.of(first.platform, chip=chip_of(first), layout=s.layout, dtype=s.dtype, mesh=mesh)
+        self.target = Target.of(first.platform, chip=chip_of(first), layout=s.layout, dtype=s.dtype, debug=s.debug, mesh=mesh)
         self.engine = Engine(self.config, self.settings, self.target, progress)
 
     # Prompts ----------------------------------------------------------------------------------------------------

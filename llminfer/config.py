@@ -290,9 +290,11 @@ class EngineConfig:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("layout", self.layout, ("auto", "listed", "stacked"))
         _one_of("quantize", self.quantize, QUANTIZATIONS)
-        _one_of("kv_dtype", self.kv_dtype, (None, "float32", "bfloat16"))
+        _one_of("kv_dtype", self.kv_dtype, (None, "float32", "bfloat16", "int8", "float8_e4m3fn"))
         _one_of("speculate", self.speculate, (None,))
-        parse_policy(self.kv_policy)
+        policy = parse_policy(self.kv_policy)
+        if policy and policy[0] and self.kv_dtype in ("int8", "float8_e4m3fn"):
+            raise refuse("kv_policy", self.kv_policy, f"sinks must be 0 with kv_dtype={self.kv_dtype}")
         for field in ("prefix_cache", "debug"):
             _one_of(field, getattr(self, field), (True, False))
         for field in ("cache_dir", "profile"):

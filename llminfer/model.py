@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llminfer import moe
 from llminfer.batch import Batch
-from llminfer.cache import KVCache
+from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
 from llminfer.layers import activate, norm, qk_norm, rope_tables, rotate, softcap
 from llminfer.params import Layer, Params
@@ -150,11 +150,17 @@ def _attention(w: Layer, x, kv, index, turns, batch: Batch, c: ModelConfig, targ
     sinks: dict[str, Any] = {"q_sinks": turns[1](q)} if c.sinks[group] else {}
     q = turns[0](q)
     scale = dim**-0.5 if c.attn_scale is None else c.attn_scale
-    attend = functools.partial(paged_attention, scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, impl=target.kernels)
+    asked = dict(scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, debug=target.debug)
+    attend = functools.partial(paged_attention, **asked, impl=target.kernels)
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
         attend = _by_heads(attend, target.mesh)
-    rows = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
-    y, kv = attend(q, k, v, kv, layer=index, window=jnp.int32(c.groups[group]), **sinks, **rows)
+    rows: dict[str, Any] = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
+    rows |= dict(layer=index, window=jnp.int32(c.groups[group]), **sinks)
+    if isinstance(kv, ScaledPages):
+        y, *kv = attend(q, k, v, kv.pages, kv_scale=kv.scale, **rows)
+        kv = ScaledPages(*kv)
+    else:
+        y, kv = attend(q, k, v, kv, **rows)
     return _linear(y.reshape(tokens, heads * dim), w.o, w.o_bias, target), kv
 
 
@@ -168,11 +174,11 @@ def _by_heads(attend: Any, mesh: jax.sharding.Mesh) -> Any:
     new, cache = partition((None, "kv_heads", None)), partition((None, None, "kv_heads", None, None))
 
     def split(q, k, v, kv, **rows):
-        each = {name: new if name == "q_sinks" else partition(()) for name in rows}
+        own = {"q_sinks": new, "kv_scale": partition((None, None, "kv_heads"))}
+        each = {name: own.get(name, partition(())) for name in rows}
+        found = (new, cache, *([own["kv_scale"]] if "kv_scale" in rows else []))
         body = lambda q, k, v, kv, rows: attend(q, k, v, kv, **rows)
-        return jax.shard_map(body, mesh=mesh, in_specs=(new, new, new, cache, each), out_specs=(new, cache), check_vma=False)(
-            q, k, v, kv, rows
-        )
+        return jax.shard_map(body, mesh=mesh, in_specs=(new, new, new, cache, each), out_specs=found, check_vma=False)(q, k, v, kv, rows)
 
     return split
 

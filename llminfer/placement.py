@@ -63,10 +63,10 @@ def _quantizer(spec: params.ParamSpec, settings: EngineConfig, target: Target) -
 
 def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, totals: tuple[int, ...]) -> cache.KVCache:
     """ShapeDtypeStructs, with shardings, of a cache of totals[g] pages in each group."""
-    where = sharding(target.mesh, (None, None, "kv_heads", None, None), first_device(target))
+    where = lambda s: sharding(target.mesh, (None, None, "kv_heads", None, None)[: s.ndim], first_device(target))
     dtype = jnp.dtype(settings.kv_dtype or target.dtype)
-    shapes = cache.abstract(c, totals, settings.page_size, dtype, stacked=target.stacked)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes)
+    shapes = cache.abstract(c, totals, settings.page_size, dtype, stacked=target.stacked, platform=target.platform)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where(s)), shapes)
 
 
 def abstract_history(settings: EngineConfig, target: Target, context: int) -> Any:
@@ -165,8 +165,8 @@ def pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, target: Tar
         most = settings.slots * Pages.sliding_need(c.groups[group], ahead, size, c.sinks[group]) + -(-2 * settings.chunk // size)
         return min(settings.slots * per_sequence, most)
 
-    fixed = sum(sliding(g) * cache.page_bytes(c, size, itemsize, g) for g, w in enumerate(c.groups) if w)
-    page = sum(cache.page_bytes(c, size, itemsize, g) for g, w in enumerate(c.groups) if not w)
+    fixed = sum(sliding(g) * cache.page_bytes(c, size, itemsize, g, target.platform) for g, w in enumerate(c.groups) if w)
+    page = sum(cache.page_bytes(c, size, itemsize, g, target.platform) for g, w in enumerate(c.groups) if not w)
     weight_bytes = tree_bytes(abstract_params(c, settings, target))
     memory = _memory(target)
     spare = memory * 0.92 - weight_bytes - fixed

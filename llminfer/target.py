@@ -20,7 +20,8 @@ class Target:
     "batched" (the reference too, attention of all sequences that decode at once: GPU). stacked: layers under a scan (TPU), else
     unrolled (GPU and CPU, where XLA copies every slice of a stacked weight). dtype: of weights and cache. chip: the name of a TPU,
     v4, v5e, v5p, v6e or tpu7x. ahead: a step is sent before the last one is read; not on a GPU, where the host drives the loops of a
-    program, so that sending waits (LOG.md: 1.1x slower). mesh: a jax.sharding.Mesh, or None for one device."""
+    program, so that sending waits (LOG.md: 1.1x slower). debug: lengths and page ids are checked on
+    the device too. mesh: a jax.sharding.Mesh, or None for one device."""
 
     platform: str
     kernels: str
@@ -28,10 +29,13 @@ class Target:
     dtype: str
     chip: str | None = None
     ahead: bool = True
+    debug: bool = False
     mesh: Any = None
 
     @classmethod
-    def of(cls, platform: str, *, chip: str | None = None, layout: str = "auto", dtype: str = "auto", mesh: Any = None) -> Target:
+    def of(
+        cls, platform: str, *, chip: str | None = None, layout: str = "auto", dtype: str = "auto", debug: bool = False, mesh: Any = None
+    ) -> Target:
         """The target for a platform name as jax.Device.platform gives it; "auto" fields take the platform's best."""
         platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
         return cls(
@@ -41,6 +45,7 @@ class Target:
             dtype=("float32" if platform == "cpu" else "bfloat16") if dtype == "auto" else dtype,
             chip=chip,
             ahead=platform != "gpu",
+            debug=debug,
             mesh=mesh,
         )
 
