@@ -1,4 +1,4 @@
-"""Mixture of experts: every token reaches its experts and no other, whatever the imbalance; layers with and without experts in one model."""
+"""Mixture of experts: every token reaches its experts and no other, whatever the imbalance; layers with and without them in a model."""
 
 from __future__ import annotations
 

@@ -12,8 +12,6 @@ import pytest
 from jax.sharding import Mesh
 
 from llminfer import LLM
-from llminfer.config import EngineConfig, from_toml
-from llminfer.engine import Engine
 from llminfer.quant import QTensor, Stacked, dequantize, matmul, quantize_int4, quantize_int8, quantizer
 from llminfer.target import Target, chip_of
 
@@ -103,19 +101,6 @@ def test_models_stay_close(model: str, kind: str, bound: float, other: dict) -> 
     exact, rounded = logits(model), logits(model, quantize=kind)
     assert 0 < np.abs(exact - rounded).max() < bound * np.ptp(exact)
     close(logits(model, quantize=kind, **other), rounded, 1e-4)
-
-
-def test_tpu_kernels_give_the_same_logits_in_the_interpreter() -> None:
-    """A whole step with experts, stacked, every kernel interpreted, against plain jnp on the same int4 weights."""
-    c = dataclasses.replace(from_toml("tiny_moe"), num_layers=2, head_dim=64)
-    settings = EngineConfig(slots=1, context=16, chunk=16, quantize="int4")
-    found = []
-    for target in (KERNEL, dataclasses.replace(KERNEL, kernels="reference")):
-        engine = Engine(c, settings, dataclasses.replace(target, stacked=True))
-        engine.load(None)
-        found.append(np.asarray(engine.prompt_logits(IDS[:12])))
-        engine.programs.close()
-    close(found[0], found[1], 1e-4)
 
 
 def test_names_of_chips() -> None:
