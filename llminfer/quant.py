@@ -16,7 +16,6 @@ from pallas_kernels.quantized_matmul import LANES, quantized_matmul, quantized_m
 from sharding.rules import partition
 
 GROUPS = (128, 64, 32)  # inputs that share a scale of int4, the first that divides
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a scale of int4: what is cut off at the ends against finer steps
 
 
 @flax.struct.dataclass
@@ -52,24 +51,13 @@ def quantize_int8(w: jax.Array, axes: tuple[str, ...] = (), *, by_token: bool = 
 
 
 def quantize_int4(w: jax.Array, axes: tuple[str, ...] = (), *, ways: int = 1, dtype: Any = jnp.int4) -> QTensor:
-    """Rounding of w [..., in, out] to -8..7 in groups of inputs of a column: 128 of them, or 64, or 32, the first that divides each of
-    `ways` parts of `in`; all of them if none does. The largest magnitude becomes -8, so a scale may be negative, or less by one of
-    SHRINK: whichever leaves the least squared error. dtype: what holds the numbers."""
+    """Symmetric rounding of w [..., in, out] to -7..7 by the largest magnitude of each column of a group of inputs: 128 of them, or 64,
+    or 32, the first that divides each of `ways` parts of `in`; all of them if none does. dtype: what holds the numbers."""
     *rest, inner, out = w.shape
     group = next((size for size in GROUPS if inner % (size * ways) == 0), inner)
     grouped = w.astype(jnp.float32).reshape(*rest, inner // group, group, out)
-    low, high = grouped.min(axis=-2, keepdims=True), grouped.max(axis=-2, keepdims=True)
-    largest = jnp.where(-low > high, low, high) / -8
-    largest = jnp.where(largest == 0, 1e-30, largest)
-
-    def rounded(scale: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(grouped / scale), -8, 7)
-
-    scale, least = largest, jnp.full_like(largest, jnp.inf)
-    for shrink in SHRINK:
-        error = jnp.square(rounded(largest * shrink) * (largest * shrink) - grouped).sum(axis=-2, keepdims=True)
-        scale, least = jnp.where(error < least, largest * shrink, scale), jnp.minimum(error, least)
-    return QTensor(rounded(scale).reshape(w.shape).astype(dtype), scale[..., 0, :], axes)
+    scale = jnp.maximum(jnp.abs(grouped).max(axis=-2, keepdims=True), 1e-30) / 7.0
+    return QTensor(jnp.round(grouped / scale).reshape(w.shape).astype(dtype), scale[..., 0, :], axes)
 
 
 def dequantize(w: QTensor) -> np.ndarray:

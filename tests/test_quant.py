@@ -33,12 +33,10 @@ def test_int4_groups_and_error(inner: int, ways: int, group: int) -> None:
     w = np.asarray(random(3, inner, 24))
     q = quantize_int4(jnp.asarray(w), ("kv_heads", "embed"), ways=ways)
     assert q.q.dtype == jnp.int4 and q.q.shape == w.shape and q.scale.shape == (3, inner // group, 24)
-    grouped = w.reshape(3, -1, group, 24)
-    most = np.abs(grouped).max(2, keepdims=True)
-    error = np.square(dequantize(q) - w).reshape(3, -1, group, 24).sum(2, keepdims=True)
-    plain = np.square(np.round(grouped / (most / 7)) * (most / 7) - grouped).sum(2, keepdims=True)
-    assert error.mean() < 0.8 * plain.mean() and (np.abs(q.scale) <= most[:, :, 0] / 8 * 1.001).all()
-    assert not np.asarray(dequantize(quantize_int4(jnp.zeros((64, 8))))).any()
+    most = np.abs(w).reshape(3, -1, group, 24).max(2)
+    np.testing.assert_allclose(q.scale, most / 7, rtol=1e-6)
+    error = np.abs(dequantize(q) - w).reshape(3, -1, group, 24)
+    assert (error <= most[:, :, None] / 14 * 1.001).all() and error.max() > 0
     held = quantize_int4(jnp.asarray(w), ways=ways, dtype=jnp.int8)  # as a CPU keeps it
     np.testing.assert_array_equal(dequantize(held), dequantize(q))
 
