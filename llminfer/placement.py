@@ -46,6 +46,11 @@ def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) ->
     shape = jax.ShapeDtypeStruct(spec.shape, jnp.dtype(target.dtype), sharding=where(spec.axes))
     rounded = _quantizer(spec, settings, target)
     if rounded is None:
+        multiplied = (spec.matrix and "experts" not in spec.axes) or "vocab" in spec.axes
+        if target.chip == "tpu7x" and multiplied and shape.dtype == jnp.bfloat16 and spec.shape[-2] % 16 == 0:
+            # Its matrix products want tiles of 16 rows; from the default of 8 XLA copies all weights at the start of each program.
+            by_tile = Layout(tuple(range(len(spec.shape))), tiling=((16, 128), (2, 1)))
+            return jax.ShapeDtypeStruct(spec.shape, shape.dtype, sharding=Format(by_tile, where(spec.axes)))
         return shape
     made = jax.eval_shape(rounded, shape)
     groups = spec.axes[-2] if made.scale.shape[-2] > 1 else None
