@@ -342,7 +342,7 @@ def call_kernel(plan: Plan, arrays: dict[str, Any], s: Scalars, interpret) -> di
         out_specs=[specs[name] for name in results],
         scratch_shapes=[rooms[name] for name in scratch],
     )
-    vmem = max(vmem_bytes(plan, kv.dtype.itemsize, arrays["q"].dtype.itemsize), 16 << 20)
+    vmem = max(vmem_bytes(plan, kv.dtype.itemsize), 16 << 20)
     found = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         out_shape=[jax.ShapeDtypeStruct(*shapes[name]) for name in results],

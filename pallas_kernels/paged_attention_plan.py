@@ -14,6 +14,8 @@ TILE_TOKENS, TILE_ROWS = 256, 1024  # of a query tile: tokens, and tokens times 
 CHUNK_ROWS = 4096  # of all key-value heads in one step
 TABLE_ENTRIES = 240 << 10  # of the page table: scalar memory holds 1 MiB on every TPU so far
 LANES = 128
+VMEM_BYTES = 15 << 20  # that a step may take where it can be less: a v4 has 16 MiB, and what is left the compiler uses
+MOST_VMEM_BYTES = 96 << 20  # on chips that have more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,38 +110,49 @@ def work_items(plan: Plan, rows: int, q_start, q_len):
 
 
 def make_plan(q, kv, pages_per_seq: int, q_max: int, softcap: float | None, sinks: int) -> Plan:
+    """The largest steps that fit VMEM: as many heads, then as many keys a block. Raises ValueError where not even the smallest do."""
     heads, page, row, head_dim = *kv.shape[2:], q.shape[2]
     group, size = q.shape[1] // heads, kv.dtype.itemsize
     if q_max == 1:
-        tile, rows, align, chunk, unit = 1, pl.cdiv(group, 8) * 8, math.lcm(32 // size, page if size == 1 else 1), heads, page
+        tile, rows, align, unit = 1, pl.cdiv(group, 8) * 8, math.lcm(32 // size, page if size == 1 else 1), page
+        chunks = [heads]
     else:
         tile = max(16, min(TILE_TOKENS, pl.next_power_of_2(q_max), 1 << (TILE_ROWS // group).bit_length() - 1))
         while page % tile and tile % page:
             tile //= 2
         rows, align, unit = tile * group, math.lcm(tile, page) if size == 1 else tile, math.lcm(page, LANES)
-        chunk = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * rows <= CHUNK_ROWS))
+        chunks = [n for n in range(heads, 0, -1) if heads % n == 0 and (n == 1 or n * rows <= CHUNK_ROWS)]
     unit = math.lcm(unit, align)  # a window never straddles two blocks
-    keys = min(BLOCK_KEYS, BLOCK_BYTES // (chunk * row * size))
-    block_pages = min(max(keys // unit, 1), pl.cdiv(pages_per_seq * page, unit)) * unit // page
-    write_rows, compute = (
-        min(align, page, 8 * max(1, 4 // size // 2) if q_max == 1 else align),
-        q.dtype if size == 1 else jnp.promote_types(q.dtype, kv.dtype),
-    )
-    sizes = (chunk, heads // chunk, group, head_dim, row, page, pages_per_seq, block_pages)
-    return Plan(*sizes, tile, rows, align, write_rows, softcap, compute, sinks, quantized=size == 1)
+    compute = q.dtype if size == 1 else jnp.promote_types(q.dtype, kv.dtype)
+    write_rows = math.gcd(page, 32 if size == 1 else 8) if q_max == 1 else min(align, page)  # a write stays in one page
+    plan = need = None
+    for chunk in chunks:
+        for keys in (BLOCK_KEYS, BLOCK_KEYS // 2, unit):
+            keys = min(keys, BLOCK_BYTES // (chunk * row * size))
+            block_pages = min(max(keys // unit, 1), pl.cdiv(pages_per_seq * page, unit)) * unit // page
+            sizes = (chunk, heads // chunk, group, head_dim, row, page, pages_per_seq, block_pages)
+            plan = Plan(*sizes, tile, rows, align, write_rows, softcap, compute, sinks, quantized=size == 1)
+            need = vmem_bytes(plan, size)
+            if need <= VMEM_BYTES:
+                return plan
+    if plan is None or need > MOST_VMEM_BYTES:
+        raise ValueError(f"page={page}, kv_heads={heads}, head_dim={head_dim}: needs {need} bytes of VMEM; lower the page size")
+    return plan
 
 
-def vmem_bytes(plan: Plan, kv_size: int, q_size: int) -> int:
+def vmem_bytes(plan: Plan, kv_size: int) -> int:
     """VMEM that the kernel asks for, with room for the scores of the heads in flight."""
     row = plan.row * plan.heads * kv_size
-    cache = row * (2 * plan.block + 2 * plan.windows * plan.align + 2 * max(plan.tile, 8))
-    cache += row * plan.sink_rows
-    queries = 4 if plan.sinks == 0 else 6  # tiles in flight: of queries, of the sinks', and of the output
+    cache = row * (2 * plan.block + 2 * plan.windows * plan.align + 2 * max(plan.tile, 8) + plan.sink_rows)
+    compute = jnp.dtype(plan.compute).itemsize
+    if plan.quantized:
+        cache += plan.row * plan.heads * plan.block * compute
+    queries = 2 if plan.sinks == 0 else 4  # tiles in flight: of queries and of the sinks', each twice
     stats = 2 * LANES if plan.decode else 2 * 8
-    tile = plan.heads * plan.rows * (plan.width * (queries * q_size + 4) + stats * 4)
-    scores = 8 * max(plan.rows, 128) * plan.block if plan.decode else 4 * plan.rows * plan.piece
-    plain = plan.row * plan.heads * plan.block * plan.compute.itemsize if plan.quantized else 0
-    return cache + tile + plain + scores * 4
+    result = plan.width if plan.decode else plan.head_dim
+    tile = plan.heads * plan.rows * ((plan.width * queries + 2 * result) * compute + 4 * result + stats * 4)
+    scores = 4 * 128 * plan.block * 4 if plan.decode else (2 * compute - 1) * plan.rows * plan.piece
+    return cache + tile + scores
 
 
 def check(q, k, v, kv, page_table, q_max: int) -> None:
