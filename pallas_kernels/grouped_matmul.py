@@ -33,7 +33,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantized_matmul import CHIPS, MAGIC, _convert, _reorder
+from pallas_kernels.quantized_matmul import CHIPS, MAGIC, convert, reorder
+from pallas_kernels.tuning import lookup
 
 LANES, ALIGN = 128, 16  # lanes of a register; where windows start: rows of a packed bfloat16 tile
 ROWS = 16  # experts whose scales (or biases) of a column come together
@@ -102,8 +103,8 @@ def grouped_matmul(
     impl: str = "reference",
 ):
     """Products of sorted rows with their experts' matrices: see the module. chip: v4, v5e, v5p, v6e or tpu7x, for which the kernel is
-    compiled (the reference needs none). blocks: sizes of the kernel (None: default_blocks). Returns [M, N], or with an activation
-    [M, N / 2]. A layer out of range is undefined. Raises ValueError for shapes, types and blocks that cannot work."""
+    compiled (the reference needs none). blocks: of the kernel; None: what tuned.toml has, else default_blocks. Returns [M, N], or with an
+    activation [M, N / 2]. A layer out of range is undefined. Raises ValueError for shapes, types and blocks that cannot work."""
     shape = check(x, w, group_sizes, scale, bias, activation, chip)
     if impl == "reference":
         return grouped_matmul_reference(shape, x, w, group_sizes, layer, scale, bias)
@@ -111,7 +112,7 @@ def grouped_matmul(
         raise ValueError(f"impl={impl!r}: legal: reference, pallas, interpret")
     if chip not in CHIPS:
         raise ValueError(f"chip={chip!r}: must be one of {', '.join(CHIPS)}")
-    blocks = default_blocks(shape) if blocks is None else blocks
+    blocks = blocks or tuned_blocks(shape) or default_blocks(shape)
     check_blocks(shape, blocks)
     mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
     return grouped_matmul_tpu(shape, blocks, x, w, group_sizes, layer, scale, bias, interpret=mode)
@@ -230,6 +231,14 @@ def vmem_bytes(shape: Shape, blocks: Blocks) -> int:
     return x + weights + small + unpacked + 2 * m * n * size + 2 * blocks.window * columns * 4
 
 
+def tuned_blocks(shape: Shape) -> Blocks | None:
+    """What tuned.toml has, if anything, for as many rows of x or the next power of two. columns: of the output; bits: of a weight."""
+    rows = 1 << (shape.m - 1).bit_length()
+    about = dict(experts=shape.experts, inner=shape.k, columns=shape.n, rows=rows, halves=shape.halves, bits=_bits(shape.weight))
+    found = lookup("grouped_matmul", shape.chip, **about)
+    return found and Blocks(min(found["block_m"], shape.m), found["block_n"], found["window"])
+
+
 def default_blocks(shape: Shape) -> Blocks:
     """Sizes for what was not tuned: x as a whole if it is small, since it is read again for each block of columns; then as many columns as
     fit, so that these blocks are few."""
@@ -287,9 +296,9 @@ def _product(shape: Shape, x, w_ref, scale_ref, e):
     return total * _row_of(scale_ref, e) if by_column else total
 
 
-def _converted(shape: Any, w):
+def _converted(shape: Shape, w):
     """Weights [depth, n] in x's type."""
-    return _convert(shape, w) if shape.words else w.astype(shape.dtype)
+    return convert(shape.words, w) if shape.words else w.astype(shape.dtype)
 
 
 def _row_of(ref, e):
@@ -349,8 +358,7 @@ def _cost(shape: Shape) -> pl.CostEstimate:
 def grouped_matmul_tpu(shape: Shape, blocks: Blocks, x, w, group_sizes, layer, scale, bias, *, interpret: Any = False):
     """The kernel's call. See grouped_matmul; shape, blocks: checked. interpret: False or a pltpu.InterpretParams."""
     scalars = work_items(shape, blocks.block_m, layer, group_sizes)
-    words: Any = shape
-    padded = jnp.pad(_reorder(words, x) if shape.words else x, ((0, shape.m - x.shape[0]), (0, 0)))
+    padded = jnp.pad(reorder(shape.words, x), ((0, shape.m - x.shape[0]), (0, 0)))
     expert = lambda i, meta, item_group: jnp.minimum(item_group[i], meta[2])  # rows of nobody ask for no other weights
     tiles = shape.n // blocks.block_n
     rows = min(ROWS, shape.experts)
@@ -360,7 +368,6 @@ def grouped_matmul_tpu(shape: Shape, blocks: Blocks, x, w, group_sizes, layer, s
         else pl.BlockSpec(
             (blocks.block_m, shape.k),
             lambda n, i, meta, bounds, item_group, item_block: (item_block[i], 0),
-            pipeline_mode=pl.Buffered(1) if blocks.block_m == shape.m else None,
         )
     ]
     operands = [padded]

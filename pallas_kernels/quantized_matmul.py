@@ -36,6 +36,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tuning import lookup
+
 LANES = 128
 MAGIC = 136  # bfloat16 0x4308: its last 4 bits, flipped by those of a signed nibble q, make 136 + q
 GROUPS = (32, 64, 128)
@@ -90,7 +92,7 @@ def quantized_matmul(
     """x [M, K] times layer `layer` of w [L, K, N], in x's dtype, summed in float32 (quantize_x: int32). See the module for shapes.
 
     chip: v4, v5e, v5p, v6e or tpu7x, for which the kernel is compiled (the reference needs none).
-    blocks: (rows, inner, columns) of the kernel, default_blocks by default.
+    blocks: (rows, inner, columns) of the kernel; None: what tuned.toml has for the chip and shape, else default_blocks.
     impl: reference (plain jnp), pallas (TPU), interpret (the kernel on a CPU). A layer out of range is undefined.
     Raises ValueError for shapes, types and blocks that cannot work."""
     check(x, w, scale, minimum, quantize_x)
@@ -189,8 +191,18 @@ def make_plan(x, w, scale, quantize_x, chip: str | None, blocks: tuple[int, int,
     words = not native and not before and rows * slabs <= about.words.get(w.dtype.name, 0)
     words = words and not (w.dtype.name == FP8 and parts > 1)  # subnormal weights would count as 0: no matter to bfloat16 only
     tile = group * _tile_rows(scale)
-    chosen = Blocks(*blocks) if blocks else default_blocks(rows, inner, w.shape[2], bits, tile, 1 if before else slabs, chip)
+    chosen = Blocks(*blocks) if blocks else _tuned_blocks(chip, rows, inner, w.shape[2], bits, group, tile) if parts == 1 else None
+    chosen = chosen or default_blocks(rows, inner, w.shape[2], bits, tile, 1 if before else slabs, chip)
     return Plan(chosen, group, before, w.dtype.name if words else "", parts, about.bf16, native)
+
+
+def _tuned_blocks(chip: str, rows: int, inner: int, columns: int, bits: int, group: int, tile: int) -> Blocks | None:
+    """What tuned.toml has for as many rows or the next power of two, 8 at least; None for nothing, or for what cuts tiles of scales."""
+    known = max(8, 1 << (rows - 1).bit_length())
+    found = lookup("quantized_matmul", chip, rows=known, inner=inner, columns=columns, bits=bits, group=group)
+    if found is None or (tile and found["inner"] % tile and found["inner"] != inner):
+        return None
+    return Blocks(min(found["rows"], rows), found["inner"], found["columns"])
 
 
 def by_group(scale) -> bool:
@@ -262,41 +274,42 @@ def _arrange(plan: Plan, x):
         rest = rest - parts[-1]
     parts = [part.astype(jnp.bfloat16) * (2.0**60 if plan.words == FP8 else 1) for part in (*parts, rest)]
     if plan.slabs == 1:
-        return _reorder(plan, parts[0])
+        return reorder(plan.words, parts[0])
     each, blocks = plan.slabs // plan.parts, pl.cdiv(x.shape[0], plan.blocks.rows)
     number = jnp.arange(x.shape[1]) % LANES // (LANES // each)  # of the group in its 128
     slabs = jnp.stack([jnp.where(number == j, part, 0) for part in parts for j in range(each)])
-    padded = jnp.pad(_reorder(plan, slabs), ((0, 0), (0, blocks * plan.slab_rows - x.shape[0]), (0, 0)))
+    padded = jnp.pad(reorder(plan.words, slabs), ((0, 0), (0, blocks * plan.slab_rows - x.shape[0]), (0, 0)))
     return padded.reshape(plan.slabs, blocks, plan.slab_rows, -1).swapaxes(0, 1).reshape(-1, x.shape[1])
 
 
-def _reorder(plan: Plan, x):
-    """K of x [..., K] in the order that _convert leaves the rows of weights in."""
-    if not plan.words:
+def reorder(words: str, x):
+    """K of x [..., K], a multiple of 128, in the order that `convert` leaves the rows of weights of type `words` in; "": as it is."""
+    if not words:
         return x
-    tile = np.arange(64 if plan.words == "int4" else 32)
-    order = tile.reshape(8, 4).T if plan.words == "int8" else tile.reshape(8, 2, -1).transpose(2, 0, 1)
+    tile = np.arange(64 if words == "int4" else 32)
+    order = tile.reshape(8, 4).T if words == "int8" else tile.reshape(8, 2, -1).transpose(2, 0, 1)
     move = np.kron(np.eye(LANES // tile.size), np.eye(tile.size)[:, order.reshape(-1)])
     moved = jnp.dot(x.reshape(-1, LANES), jnp.asarray(move, x.dtype), preferred_element_type=jnp.float32)
     return moved.astype(x.dtype).reshape(x.shape)
 
 
-def _convert(plan: Plan, w):
-    """Weights [n, columns] as bfloat16, exactly; by words: 136 + w of int4, w * 2**-120 of fp8, and rows in the order of the words."""
-    if not plan.words:
+def convert(words: str, w):
+    """Weights [n, columns] as bfloat16, exactly. words "": by the compiler. "int8", "int4" (then 136 + w) or "float8_e4m3fn" (then
+    w * 2**-120): their type, by words, n a multiple of the 32 (int4: 64) rows of a tile, which come in the order of the words."""
+    if not words:
         return w.astype(jnp.bfloat16)
-    words = pltpu.bitcast(w, jnp.int32)
+    held = pltpu.bitcast(w, jnp.int32)
     columns, right = w.shape[1], lambda array, by: lax.shift_right_logical(array, jnp.int32(by)) if by else array
     pairs = lambda found: [pltpu.bitcast(pair, jnp.bfloat16).reshape(-1, 16, columns) for pair in found]
-    if plan.words == "int4":
-        pieces = pairs([(right(words, 4 * i) & jnp.int32(0x000F000F)) ^ jnp.int32(0x43084308) for i in range(4)])
-    elif plan.words == FP8:
+    if words == "int4":
+        pieces = pairs([(right(held, 4 * i) & jnp.int32(0x000F000F)) ^ jnp.int32(0x43084308) for i in range(4)])
+    elif words == FP8:
         sign, rest = jnp.int32(0x00800080), jnp.int32(0x007F007F)
-        low = ((words & sign) << jnp.int32(8)) | ((words & rest) << jnp.int32(4))
-        high = (words & jnp.int32(-0x7FFF8000)) | right(words & (rest << jnp.int32(8)), 4)
+        low = ((held & sign) << jnp.int32(8)) | ((held & rest) << jnp.int32(4))
+        high = (held & jnp.int32(-0x7FFF8000)) | right(held & (rest << jnp.int32(8)), 4)
         pieces = pairs([low, high])
     else:
-        up = [words << jnp.int32(24 - 8 * i) if i < 3 else words for i in range(4)]
+        up = [held << jnp.int32(24 - 8 * i) if i < 3 else held for i in range(4)]
         pieces = [(byte >> jnp.int32(24)).astype(jnp.float32).reshape(-1, 8, columns) for byte in up]
     return jnp.stack(pieces, axis=1).reshape(w.shape).astype(jnp.bfloat16)
 
@@ -326,7 +339,7 @@ def _product(plan: Plan, x, w, scale, base):
         if plan.native:
             total += dot(left, right)
             continue
-        sums = dot(left, _scaled(plan, right, scale, at // plan.group) if plan.before else _convert(plan, right))
+        sums = dot(left, _scaled(plan, right, scale, at // plan.group) if plan.before else convert(plan.words, right))
         if plan.words == "int4":
             sums -= MAGIC * jnp.sum(left.astype(jnp.float32), axis=1, keepdims=True)
         if after:

@@ -2,11 +2,14 @@
 
 Each takes A(shape, dtype), which makes an abstract array on the target, and sizes; gives fn, args, the donated arguments, and for each
 kernel (by a pattern of its name) the values of its scalar operands. The sizes default to Llama-3-8B's heads in bfloat16; ctx is the length
-with the new tokens, T the number of new ones over all sequences. Page tables are random permutations.
+with the new tokens, T the number of new ones over all sequences. Page tables are random permutations. The cases of the other kernels lie
+in files of their own beside this one, which is read by its path: they are found whatever the working directory is.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +17,13 @@ import numpy as np
 
 from pallas_kernels.paged_attention_plan import make_plan, work_items
 from pallas_kernels.paged_attention_tpu import paged_attention_tpu
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from cost_flash import flash
+from cost_grouped import gmm
+from cost_quantized import fp8_matmul, int4_matmul, int8_matmul, w8a8_matmul
+
+__all__ = ["decode", "flash", "fp8_matmul", "gmm", "int4_matmul", "int8_matmul", "mixed", "prefill", "w8a8_matmul"]
 
 
 def decode(A: Any, B: int = 64, page: int = 128, ctx: int = 2048, H: int = 32, KV: int = 8, HD: int = 128) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from llminfer.target import chip_of
 from pallas_kernels.flash_attention import flash_attention
 
 
@@ -22,11 +23,12 @@ def flash(
     block_q: int = 0,
     block_k: int = 0,
 ) -> dict[str, Any]:
-    """B causal prompts of T tokens each; step 0: the heuristic's."""
+    """B causal prompts of T tokens each; step 0: what tuned.toml has, or the heuristic's."""
+    chip = chip_of(A((8,)).sharding.mesh.devices.flat[0]) or ""
     blocks = {"step": step, "block_q": block_q, "block_k": block_k} if step else None
 
     def fn(q, k, v, window, lengths):
-        return flash_attention(q, k, v, lengths=lengths, window=window, scale=HD**-0.5, blocks=blocks, impl="pallas")
+        return flash_attention(q, k, v, lengths=lengths, window=window, scale=HD**-0.5, blocks=blocks, chip=chip, impl="pallas")
 
     args = [A((B, T, H, HD)), *[A((B, T, KV, HD))] * 2, A((), jnp.int32), A((B,), jnp.int32)]
     return dict(fn=fn, args=args, donate=(), operands={"flash_attention": {0: np.array([window]), 1: np.full(B, T)}})

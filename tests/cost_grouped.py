@@ -7,9 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.grouped_matmul import Blocks, check, default_blocks, grouped_matmul, work_items
-
-TPUS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}  # as devices call themselves
+from llminfer.target import chip_of
+from pallas_kernels.grouped_matmul import Blocks, check, default_blocks, grouped_matmul, tuned_blocks, work_items
 
 
 def group_sizes(M: int, E: int, skew: str = "equal", seed: int = 0) -> np.ndarray:
@@ -34,14 +33,15 @@ def gmm(
     **sizes: int,
 ) -> dict[str, Any]:
     """activation "silu" and others: N is twice the output's columns. bits 8 or 4: with scales of a column (group 0) or of a group.
-    rows: "gathered" from M / 8 tokens, as in a model, so that the compiler may keep x where it likes; or "given", in HBM.
-    sizes: block_m, block_n and window, in place of default_blocks."""
-    chip = TPUS[A((8,)).sharding.mesh.devices.flat[0].device_kind]
+    rows: "gathered" from M / 8 tokens, as in a model: the compiler leaves them in VMEM, where it also puts an argument of JAX's megablox
+    before that kernel begins, so that the bytes of both kernels are weights and output; or "given", an argument in HBM, which the kernel
+    reads once. sizes: block_m, block_n and window, in place of the usual ones."""
+    chip = chip_of(A((8,)).sharding.mesh.devices.flat[0])
     dtype = {16: jnp.bfloat16, 8: jnp.int8, 4: jnp.int4}[bits]
     w, counts = A((1, E, K, N), dtype), A((E,), jnp.int32)
     scale = None if bits == 16 else A((1, E, K // group, N) if group else (1, E, N), jnp.float32)
     shape = check(A((M, K)), w, counts, scale, None, activation or None, chip)
-    blocks = Blocks(**sizes) if sizes else default_blocks(shape)
+    blocks = Blocks(**sizes) if sizes else tuned_blocks(shape) or default_blocks(shape)
 
     def fn(x, w, counts, layer, token, *scale):
         how: dict[str, Any] = dict(layer=layer, scale=scale[0] if scale else None, activation=activation or None)

@@ -1,6 +1,6 @@
 """Products with quantized weights, as work whose cost a simulator of the TPU compiler's schedules can count: see cost_cases.py.
 
-`chip` is the short name of the topology; xla=1 compiles what XLA makes of the same product instead. rows, inner, columns: blocks.
+xla=1 compiles what XLA makes of the same product instead. rows, inner, columns: blocks.
 """
 
 from __future__ import annotations
@@ -9,32 +9,34 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from llminfer.target import chip_of
 from pallas_kernels.quantized_matmul import quantized_matmul
 
 
-def int8_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, group: int = 0, chip: str = "v5e", **more: Any):
+def int8_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, group: int = 0, **more: Any):
     """int8 weights; group 0: scales by output channel."""
-    return matmul(A, M, (L, K, N), jnp.int8, group, chip, **more)
+    return matmul(A, M, (L, K, N), jnp.int8, group, **more)
 
 
-def int4_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, group: int = 128, chip: str = "v5e", **more: Any):
-    return matmul(A, M, (L, K, N), jnp.int4, group, chip, **more)
+def int4_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, group: int = 128, **more: Any):
+    return matmul(A, M, (L, K, N), jnp.int4, group, **more)
 
 
-def fp8_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, chip: str = "tpu7x", **more: Any):
-    return matmul(A, M, (L, K, N), jnp.float8_e4m3fn, 0, chip, **more)
+def fp8_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, **more: Any):
+    return matmul(A, M, (L, K, N), jnp.float8_e4m3fn, 0, **more)
 
 
-def w8a8_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, chip: str = "v5e", **more: Any):
+def w8a8_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, **more: Any):
     """int8 weights by channel, x rounded to int8 by row."""
-    return matmul(A, M, (L, K, N), jnp.int8, 0, chip, quantize_x=True, **more)
+    return matmul(A, M, (L, K, N), jnp.int8, 0, quantize_x=True, **more)
 
 
 def matmul(
-    A: Any, M: int, shape: tuple[int, int, int], dtype: Any, group: int, chip: str, *, rows=0, inner=0, columns=0, xla=0, scales="float32",
+    A: Any, M: int, shape: tuple[int, int, int], dtype: Any, group: int, *, rows=0, inner=0, columns=0, xla=0, scales="float32",
     minimum=0, x="bfloat16", **how: Any,
 ) -> dict[str, Any]:  # fmt: skip
     layers, k, n = shape
+    chip = chip_of(A((8,)).sharding.mesh.devices.flat[0])
     blocks = (rows or M, inner, columns) if inner else None
     impl = "reference" if xla else "pallas"
 
@@ -43,4 +45,4 @@ def matmul(
 
     scale = A((layers, k // group, n) if group else (layers, n), jnp.dtype(scales))
     args = [A((M, k), jnp.dtype(x)), A(shape, dtype), scale, A((), jnp.int32), *([scale] if minimum else [])]
-    return dict(fn=fn, args=args, operands={"quantized_matmul": {0: [layers - 1]}})
+    return dict(fn=fn, args=args, donate=(), operands={"quantized_matmul": {0: [layers - 1]}})

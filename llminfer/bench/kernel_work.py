@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: sizes for the op's maker; small: other sizes for an interpreter."""
+    """One row of the table: sizes for the op's maker; small: other sizes for an interpreter, where the case is checked by one."""
 
     name: str
     op: str
@@ -35,12 +35,29 @@ class Work:
 
 
 LLAMA, SMALL = dict(heads=32, kv_heads=8, dim=128), dict(heads=4, kv_heads=2, dim=128)
-PAGED = dict(context=2048, page=128, pool=1024, **LLAMA), dict(page=16, pool=12, **SMALL)
-WIDE = dict(rows=8, inner=4096, columns=14336)
+PAGED, TINY = dict(context=2048, page=128, **LLAMA), dict(page=16, pool=12, **SMALL)
+WIDE, LITTLE = dict(inner=4096, columns=14336), dict(rows=8, inner=256, columns=256)
+
+
+def _paged(name: str, new: list[int], small: dict[str, Any] | None = None, **other: Any) -> Case:
+    return Case(f"paged_attention.{name}", "paged_attention", dict(new=new, **(PAGED | other)), dict(small, **TINY) if small else {})
+
+
+def _quantized(name: str, rows: int, small: dict[str, Any] | None = None, **other: Any) -> Case:
+    how = {key: value for key, value in other.items() if key not in WIDE}
+    sizes: dict[str, Any] = dict(rows=rows, **(WIDE | other))
+    return Case(f"quantized_matmul.{name}", "quantized_matmul", sizes, {} if small is None else LITTLE | how | small)
+
+
 CASES = [
-    Case("paged_attention.decode", "paged_attention", dict(new=64 * [1], **PAGED[0]), dict(new=[1, 1], context=70, **PAGED[1])),
-    Case("paged_attention.prefill", "paged_attention", dict(new=8 * [256], **PAGED[0]), dict(new=[24], context=40, **PAGED[1])),
-    Case("paged_attention.mixed", "paged_attention", dict(new=56 * [1] + 8 * [256], **PAGED[0]), dict(new=[1, 20], context=40, **PAGED[1])),
+    _paged("decode", 64 * [1], dict(new=[1, 1], context=70)),
+    _paged("decode.page16", 64 * [1], page=16),
+    _paged("decode.batch256", 256 * [1], page=64),
+    _paged("decode.context128", 64 * [1], context=128),
+    _paged("decode.context32768", 16 * [1], context=32768),
+    _paged("decode.int8", 64 * [1], dict(new=[1, 1], context=70, cache="int8"), cache="int8"),
+    _paged("prefill", 8 * [256], dict(new=[24], context=40)),
+    _paged("mixed", 56 * [1] + 8 * [256], dict(new=[1, 20], context=40)),
     Case("flash_attention", "flash_attention", dict(batch=1, tokens=4096, **LLAMA), dict(batch=1, tokens=140, **SMALL)),
     Case(
         "grouped_matmul",
@@ -48,13 +65,35 @@ CASES = [
         dict(rows=1024, experts=64, inner=2048, columns=1536),
         dict(rows=32, experts=4, inner=128, columns=128),
     ),
-    Case("quantized_matmul.int8", "quantized_matmul", dict(bits=8, **WIDE), dict(rows=8, inner=256, columns=256, bits=8)),
-    Case(
-        "quantized_matmul.int4",
-        "quantized_matmul",
-        dict(bits=4, group=128, **WIDE),
-        dict(rows=8, inner=1024, columns=128, bits=4, group=128),
-    ),
+    _quantized("int8", 8, {}, bits=8),
+    _quantized("int4", 8, dict(inner=1024, columns=128), bits=4, group=128),
+    _quantized("w8a8", 8, {}, bits=8, whole=True),
+    _quantized("int8.rows2048", 2048, bits=8),
+    _quantized("int4.rows2048", 2048, bits=4, group=128),
+    _quantized("w8a8.rows2048", 2048, bits=8, whole=True),
+]
+# Products of models, for the tuner: Llama-3.1-8B's matrices, and those of Qwen3-30B-A3B's attention and experts (8 of 128 for a token).
+MATRICES = {
+    **{"llama_qkv": (4096, 6144), "llama_o": (4096, 4096), "llama_up": (4096, 28672), "llama_down": (14336, 4096)},
+    **{"qwen_qkv": (2048, 5120), "qwen_o": (4096, 2048)},
+}
+EXPERTS = {"qwen_up": (2048, 768, "silu"), "qwen_down": (768, 2048, "")}
+MODELS = [
+    *[
+        _quantized(f"{kind}.{name}.rows{rows}", rows, inner=inner, columns=columns, **how)
+        for kind, how in {"int8": dict(bits=8), "int4": dict(bits=4, group=128)}.items()
+        for name, (inner, columns) in MATRICES.items()
+        for rows in (8, 64)
+    ],
+    *[
+        Case(
+            f"grouped_matmul.{name}.rows{rows}",
+            "grouped_matmul",
+            dict(rows=rows, experts=128, inner=inner, columns=columns, activation=activation, even=False),
+        )
+        for name, (inner, columns, activation) in EXPERTS.items()
+        for rows in (64, 512, 4096)
+    ],
 ]
 
 
@@ -68,30 +107,35 @@ def make(case: Case, chip: str, small: bool = False) -> Work:
     }[case.op](chip, **(case.small if small else case.sizes))
 
 
-def paged_attention(chip: str, new: list[int], context: int, page: int, pool: int, heads: int, kv_heads: int, dim: int) -> Work:
-    """Sequences with new[i] tokens each, of length `context` with them; their pages lie anywhere among `pool`.
-    The compiler would put a small pool in VMEM."""
+def paged_attention(
+    chip: str, new: list[int], context: int, page: int, heads: int, kv_heads: int, dim: int, pool: int = 0, cache: str = "bfloat16"
+) -> Work:
+    """Sequences with new[i] tokens each, of length `context` with them; their pages lie anywhere among `pool` (0: as many as they have,
+    512 MB at least: the compiler would put a small pool in VMEM)."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.paged_attention import paged_attention as op
 
-    rows, seqs, pages = sum(new), len(new), -(-context // page)
-    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+    rows, seqs, pages, size = sum(new), len(new), -(-context // page), jnp.dtype(cache).itemsize
+    pool = pool or max(seqs * pages, (1 << 28) // (kv_heads * page * dim * size))
+    shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
     table = np.random.default_rng(0).permutation(pool)[: seqs * pages].reshape(seqs, pages).astype(np.int32)
     starts, lengths = np.cumsum([0, *new[:-1]]).astype(np.int32), np.array(new, np.int32)
 
-    def run(impl, blocks, q, k, v, kv, *integers):
-        names = ("layer", "window", "page_table", "q_start", "q_len", "kv_len")
+    def run(impl, blocks, q, k, v, kv, *others):
+        names = ("layer", "window", "page_table", "q_start", "q_len", "kv_len", "kv_scale")
         static: dict[str, Any] = dict(scale=dim**-0.5, q_max=max(new), impl=impl)
-        return op(q, k, v, kv, **dict(zip(names, integers, strict=True)), **static)
+        return op(q, k, v, kv, **dict(zip(names, others)), **static)
 
-    cache, each = shape(1, pool, kv_heads, page, 2 * dim), shape(rows, kv_heads, dim)
+    kv, each = shape(1, pool, kv_heads, page, 2 * dim, dtype=jnp.dtype(cache)), shape(rows, kv_heads, dim)
     zero = np.zeros((), np.int32)
-    args = [shape(rows, heads, dim), each, each, cache, zero, zero, table, starts, lengths, np.full(seqs, context, np.int32)]
+    args = [shape(rows, heads, dim), each, each, kv, zero, zero, table, starts, lengths, np.full(seqs, context, np.int32)]
+    args += [shape(1, pool, 2 * kv_heads, dtype=jnp.float32)] if size == 1 else []
     pairs = sum(n * (context - n) + n * (n + 1) / 2 for n in new)
-    moved = 2 * (seqs * context * kv_heads * 2 * dim + 2 * rows * heads * dim + 2 * rows * kv_heads * 2 * dim)
-    return Work(run, args, 4 * dim * heads * pairs, moved, dict(head_dim=dim, group=heads // kv_heads, page=page), {3: 1})
+    moved = seqs * context * kv_heads * 2 * dim * size + 2 * rows * (2 * heads + 2 * kv_heads) * dim  # what is new is written, not read
+    feeds = {3: 1, 10: 2} if size == 1 else {3: 1}
+    return Work(run, args, 4 * dim * heads * pairs, moved, dict(head_dim=dim, group=heads // kv_heads, page=page), feeds)
 
 
 def flash_attention(chip: str, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Work:
@@ -110,8 +154,9 @@ def flash_attention(chip: str, batch: int, tokens: int, heads: int, kv_heads: in
     return Work(run, [shape(heads), shape(kv_heads), shape(kv_heads)], flops, moved, key, candidates=candidates)
 
 
-def grouped_matmul(chip: str, rows: int, experts: int, inner: int, columns: int) -> Work:
-    """Rows over experts, as many for each."""
+def grouped_matmul(chip: str, rows: int, experts: int, inner: int, columns: int, activation: str = "", even: bool = True) -> Work:
+    """Rows over experts, as many for each, or drawn at random; columns: of the output. Blocks are tuned for random shares only: a window
+    that fits equal ones costs 5% more bundles at random ones, and 16% more where shares fall as 1 / rank."""
     import jax
     import jax.numpy as jnp
 
@@ -119,19 +164,23 @@ def grouped_matmul(chip: str, rows: int, experts: int, inner: int, columns: int)
     from pallas_kernels.grouped_matmul import grouped_matmul as op
 
     def run(impl, blocks, x, w, counts):
-        return op(x, w, counts, chip=known(chip), blocks=Blocks(**blocks) if blocks else None, impl=impl)
+        how: dict[str, Any] = dict(activation=activation or None, chip=known(chip), impl=impl)
+        return op(x, w, counts, blocks=Blocks(**blocks) if blocks else None, **how)
 
-    x, w = (jax.ShapeDtypeStruct(dims, jnp.bfloat16) for dims in ((rows, inner), (1, experts, inner, columns)))
-    counts = np.diff(np.arange(experts + 1) * rows // experts).astype(np.int32)
-    moved = 2 * (experts * inner * columns + rows * (inner + columns))
-    widths = [n for n in (128, 256, 512, 768, 1536, 2048) if columns % n == 0]
-    candidates = [dict(block_m=rows, block_n=n, window=window) for n in widths for window in (32, 64, 128)]
-    key: dict[str, int | str] = dict(experts=experts, inner=inner, columns=columns, rows=rows)
-    return Work(run, [x, w, counts], 2 * rows * inner * columns, moved, key, candidates=candidates)
+    halves = 2 if activation else 1
+    x, w = (jax.ShapeDtypeStruct(dims, jnp.bfloat16) for dims in ((rows, inner), (1, experts, inner, halves * columns)))
+    counts = np.diff(np.arange(experts + 1) * rows // experts)
+    counts = (counts if even else np.random.default_rng(0).multinomial(rows, np.full(experts, 1 / experts))).astype(np.int32)
+    moved = 2 * (int((counts > 0).sum()) * inner * halves * columns + rows * (inner + columns))
+    widths = [n for n in (128, 256, 512, 768, 1024, 1536, 2048) if columns % n == 0]
+    windows = () if even else (64, 128, 256)
+    candidates = [dict(block_m=rows, block_n=n, window=window) for n in widths[-2:] for window in windows]
+    key: dict[str, int | str] = dict(experts=experts, inner=inner, columns=columns, rows=rows, halves=halves, bits=16)
+    return Work(run, [x, w, counts], 2 * rows * inner * halves * columns, moved, key, candidates=candidates)
 
 
-def quantized_matmul(chip: str, rows: int, inner: int, columns: int, bits: int, group: int = 0) -> Work:
-    """bfloat16 rows times int8 or int4 weights, with scales of a column, or of a group of `group`."""
+def quantized_matmul(chip: str, rows: int, inner: int, columns: int, bits: int, group: int = 0, whole: bool = False) -> Work:
+    """bfloat16 rows times int8 or int4 weights, with scales of a column, or of a group of `group`; whole: rows are rounded to int8."""
     import jax
     import jax.numpy as jnp
 
@@ -139,13 +188,15 @@ def quantized_matmul(chip: str, rows: int, inner: int, columns: int, bits: int, 
 
     def run(impl, blocks, x, w, scale):
         sizes = (blocks["rows"], blocks["inner"], blocks["columns"]) if blocks else None
-        return op(x, w, scale, layer=0, chip=known(chip), blocks=sizes, impl=impl)
+        return op(x, w, scale, layer=0, quantize_x=whole, chip=known(chip), blocks=sizes, impl=impl)
 
     shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
     scale = shape(jnp.float32, 1, inner // group, columns) if group else shape(jnp.float32, 1, columns)
     args = [shape(jnp.bfloat16, rows, inner), shape(jnp.int8 if bits == 8 else jnp.int4, 1, inner, columns), scale]
     moved = inner * columns * bits / 8 + 4 * math.prod(scale.shape) + 2 * rows * (inner + columns)
-    candidates = [dict(rows=rows, inner=k, columns=n) for k in (1024, 2048, 4096) if inner % k == 0 for n in (512, 1024, 2048)]
+    sizes = [(k, n) for k in (1024, 2048, 4096, inner) if inner % k == 0 for n in (512, 1024, 2048) if n <= columns]
+    fits = (lambda size: 2 << 20 <= size * bits // 8 <= 4 << 20) if rows <= 128 else lambda size: size <= 1 << 20
+    candidates = [dict(rows=min(rows, 512), inner=k, columns=n) for k, n in dict.fromkeys(sizes) if fits(k * n)]
     key: dict[str, int | str] = dict(rows=rows, inner=inner, columns=columns, bits=bits, group=group)
     return Work(run, args, 2 * rows * inner * columns, moved, key, candidates=candidates)
 

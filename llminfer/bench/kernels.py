@@ -17,12 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llminfer.bench.kernel_work import CASES, Case, Work, draw, make
+from llminfer.bench.kernel_work import CASES, MODELS, Case, Work, draw, make
 from llminfer.errors import UserError, refuse
 from llminfer.progress import Progress, start
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 KINDS = {"v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6": "v6e", "7": "tpu7x", "H100": "h100"}  # in order
+# Bundles a second: of v4 to v5p as published, of the others what their peaks come to (a bundle keeps 262,144 multipliers of a v6e busy,
+# of a tpu7x twice as many).
+CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "tpu7x": 2.2e9}
 AOT = {  # libtpu as a compiler on a machine without a TPU
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -54,11 +57,11 @@ def least_seconds(work: Work, chip: str) -> float | None:
     return max(work.flops / best["flops_per_s"], work.hbm_bytes / best["bytes_per_s"]) if best else None
 
 
-def select(only: str) -> list[Case]:
+def select(only: str, cases: list[Case] = CASES) -> list[Case]:
     """The cases whose name contains `only`. Raises UserError where there is none."""
-    found = [case for case in CASES if only in case.name]
+    found = [case for case in cases if only in case.name]
     if not found:
-        raise refuse("--only", only, f"must be in one of {', '.join(case.name for case in CASES)}")
+        raise refuse("--only", only, f"must be in one of {', '.join(case.name for case in cases)}")
     return found
 
 
@@ -136,7 +139,7 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
 
     from llminfer.bench.tpu_schedule import read
 
-    case = next(case for case in CASES if case.name == job["case"])
+    case = next(case for case in CASES + MODELS if case.name == job["case"])
     work = make(case, job["chip"])
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[job["chip"]]).devices[0]
     mesh = Mesh(np.array([device]), ("x",))
@@ -212,7 +215,7 @@ def kernels(target: str | None, tune: bool, out: Path | None, only: str, progres
     """The figures of every case: {"chip", "by": time | schedule, "kernels": [...]}. tune: tries block sizes and writes the best ones."""
     if target is not None and target not in TOPOLOGIES:
         raise refuse("--target", target, f"must be one of {', '.join(TOPOLOGIES)}")
-    cases = select(only)
+    cases = select(only, CASES + MODELS if tune else CASES)
     figure: Callable[..., dict[str, Any]]
     if target is None:
         from llminfer.target import Target, devices
@@ -224,7 +227,7 @@ def kernels(target: str | None, tune: bool, out: Path | None, only: str, progres
         figure = lambda case, blocks=None: measured(case, target, implementation(case, platform), blocks)
         by = "time"
     else:
-        figure, by = lambda case, blocks=None: compiled(case, target, blocks), "schedule"
+        figure, by = lambda case, blocks=None: scheduled(case, target, blocks), "schedule"
     tried = {case.name: make(case, target).candidates if tune else [] for case in cases}
     task = start(progress, "kernels", sum(1 + len(each) for each in tried.values()))
     rows = []
@@ -243,6 +246,14 @@ def implementation(case: Case, platform: str) -> str:
     return "pallas" if platform == "tpu" else "batched" if case.op == "paged_attention" else "reference"
 
 
+def scheduled(case: Case, chip: str, blocks: dict[str, int] | None = None) -> dict[str, Any]:
+    """The schedule's figures, and the least time that its bundles and its bytes take."""
+    found = compiled(case, chip, blocks)
+    if "error" in found or blocks is not None:
+        return found
+    return found | {"bundle_seconds": found["bundles"] / CLOCKS[chip], "byte_seconds": found["hbm_bytes"] / peaks(chip)["bytes_per_s"]}
+
+
 def _bounds(case: Case, chip: str) -> dict[str, Any]:
     work = make(case, chip)
     return {"work_bytes": int(work.hbm_bytes), "work_flops": int(work.flops), "least_seconds": least_seconds(work, chip)}
@@ -259,7 +270,8 @@ def attempt(figure: Callable[..., dict[str, Any]], case: Case, *more: Any) -> di
 def _best(
     case: Case, chip: str, figure: Any, candidates: list[dict[str, int]], out: Path | None, advance: Any, heuristic: dict[str, Any]
 ) -> dict[str, Any]:
-    """Tries the candidates and the heuristic's sizes; writes the best of them if it is none of the heuristic's."""
+    """Tries the candidates; writes the best if it wins a fiftieth against the sizes of now. Those that move more bytes are out: a bundle
+    may be hidden behind a transfer, a transfer behind nothing."""
     from pallas_kernels import tuning
 
     cost = lambda row: row.get("seconds", row.get("bundles", float("inf")))
@@ -267,8 +279,9 @@ def _best(
     for blocks in candidates:
         rows.append({"blocks": blocks, **attempt(figure, case, blocks)})
         advance(1)
-    best = min(rows, key=cost)
-    if cost(best) >= cost(heuristic):
+    most = 1.005 * heuristic.get("hbm_bytes", float("inf"))
+    best = min((row for row in rows if row.get("hbm_bytes", 0) <= most), key=cost, default={})
+    if not best or cost(best) > 0.98 * cost(heuristic):
         return {"blocks": None, "tried": rows, "file": None}
     file = out or tuning.FILE
     tuning.save(case.op, chip, make(case, chip).key, best["blocks"], file)
@@ -278,6 +291,7 @@ def _best(
 def table(found: dict[str, Any]) -> list[str]:
     """The figures as lines of text."""
     lines = [f"{found['chip'] or 'unknown chip'}, by {found['by']}"]
+    width = 2 + max(len(row["name"]) for row in found["kernels"])
     for row in found["kernels"]:
         least = "" if row["least_seconds"] is None else f", at the peaks {row['least_seconds'] * 1e6:.0f} us"
         if "error" in row:
@@ -287,14 +301,15 @@ def table(found: dict[str, Any]) -> list[str]:
             figures = f"{row['seconds'] * 1e6:.1f} us, {row['gb_per_s']:.0f} GB/s, {row['tflop_per_s']:.1f} TFLOP/s{share}"
         else:
             figures = (
-                f"{row['bundles']:,} bundles, {row['matrix_share']:.0%} with a matrix instruction, HBM {row['hbm_bytes'] / 1e6:.1f} MB "
+                f"{row['bundles']:,} bundles ({row['bundle_seconds'] * 1e6:.0f} us), {row['matrix_share']:.0%} with a matrix instruction, "
+                f"HBM {row['hbm_bytes'] / 1e6:.1f} MB of {row['work_bytes'] / 1e6:.1f} ({row['byte_seconds'] * 1e6:.0f} us), "
+                f"VMEM {row['vmem_bytes'] >> 10} KiB, spilled {row['spill_bytes'] >> 10} KiB, temporaries {row['temp_bytes'] >> 10} KiB"
             )
-            figures += f"of {row['work_bytes'] / 1e6:.1f}, VMEM {row['vmem_bytes'] >> 10} KiB, spilled {row['spill_bytes'] >> 10} KiB"
-        lines.append(f"{row['name']:<26}{figures}{least}")
+        lines.append(f"{row['name']:<{width}}{figures}{least}")
         if "tuned" in row:
             best = row["tuned"]
             lines.append(
-                f"{'':<26}{best['blocks'] or 'nothing better than the heuristic'}" + (f" -> {best['file']}" if best["file"] else "")
+                f"{'':<{width}}{best['blocks'] or 'nothing better than the heuristic'}" + (f" -> {best['file']}" if best["file"] else "")
             )
     return lines
 

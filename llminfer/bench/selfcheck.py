@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llminfer.bench.kernel_work import Case, Work, draw, make
+from llminfer.bench.kernel_work import CASES, Case, Work, draw, make
 from llminfer.bench.kernels import attempt, chip_of, implementation, least_seconds, peaks, select, time_once
 from llminfer.progress import Progress, start
 
@@ -27,7 +27,7 @@ def selfcheck(out: Path, only: str, progress: Progress | None, budget: float = B
     from llminfer.target import Target, devices
 
     device, begin = devices()[0], time.monotonic()
-    target, cases = Target.of(device.platform).platform, select(only)
+    target, cases = Target.of(device.platform).platform, select(only, [case for case in CASES if case.small])
     chip = "" if target == "cpu" else chip_of(device.device_kind)
     report: dict[str, Any] = {
         "what": "llminfer selfcheck",
@@ -103,11 +103,12 @@ def _write(out: Path, report: dict[str, Any]) -> None:
 def table(report: dict[str, Any]) -> list[str]:
     """The report as lines of text."""
     lines = [f"{report['device_kind']} ({report['platform']}){', a rehearsal: ' + report['note'] if report['rehearsal'] else ''}"]
+    width = 2 + max(len(row["name"]) for row in report["kernels"])
     for row in report["kernels"]:
         if "error" in row:
-            lines.append(f"{row['name']:<26}FAILED  {row['error']}")
+            lines.append(f"{row['name']:<{width}}FAILED  {row['error']}")
             continue
         share = "" if row["share_of_peak"] is None else f", {row['share_of_peak']:.0%} of peak"
         figures = f"{row['seconds'] * 1e6:.1f} us, {row['gb_per_s']:.1f} GB/s, {row['tflop_per_s']:.2f} TFLOP/s{share}"
-        lines.append(f"{row['name']:<26}{'ok' if row['passed'] else 'WRONG':<8}error {row['max_error']:.1e}, {figures}")
+        lines.append(f"{row['name']:<{width}}{'ok' if row['passed'] else 'WRONG':<8}error {row['max_error']:.1e}, {figures}")
     return lines

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import grouped_matmul as grouped
+from pallas_kernels import tuning
 from pallas_kernels.grouped_matmul import (
     ALPHA,
     LIMIT,
@@ -23,6 +25,7 @@ from pallas_kernels.grouped_matmul import (
     default_blocks,
     grouped_matmul,
     grouped_matmul_tpu,
+    tuned_blocks,
     vmem_bytes,
     work_items,
 )
@@ -204,6 +207,35 @@ def test_default_blocks_fit():
             blocks = default_blocks(shape)
             check_blocks(shape, blocks)  # VMEM
             assert vmem_bytes(shape, blocks) >= CHIPS[chip].vmem // 4 or blocks.block_n == shape.n
+
+
+@pytest.mark.parametrize("entry", tuning.entries(tuning.FILE).get("grouped_matmul", []), ids=lambda entry: str(list(entry.values())))
+def test_tuned_blocks_are_legal_and_used(entry):
+    for rows in (entry["rows"], entry["rows"] // 2 + 1):
+        shape = tuned_shape(rows, entry["experts"], entry["inner"], entry["columns"], entry["halves"], entry["chip"])
+        found = tuned_blocks(shape)
+        assert found and (found.block_n, found.window) == (entry["blocks"]["block_n"], entry["blocks"]["window"])
+        check_blocks(shape, found)
+
+
+def test_blocks_come_from_the_table(monkeypatch):
+    """For rows up to the next power of two."""
+    asked = []
+
+    def lookup(op, chip, **about):
+        asked.append((op, chip, about))
+        return dict(block_m=64, block_n=128, window=32)
+
+    monkeypatch.setattr(grouped, "lookup", lookup)
+    assert tuned_blocks(tuned_shape(33, 5, 256, 384, 2, "v6e")) == Blocks(48, 128, 32)
+    assert asked == [("grouped_matmul", "v6e", dict(experts=5, inner=256, columns=384, rows=64, halves=2, bits=16))]
+    monkeypatch.setattr(grouped, "lookup", lambda *op, **about: None)
+    assert tuned_blocks(tuned_shape(33, 5, 256, 384, 1, "v6e")) is None
+
+
+def tuned_shape(rows, experts, inner, columns, halves, chip):
+    x, w = (jax.ShapeDtypeStruct(dims, jnp.bfloat16) for dims in ((rows, inner), (1, experts, inner, halves * columns)))
+    return check(x, w, jax.ShapeDtypeStruct((experts,), jnp.int32), None, None, "silu" if halves == 2 else None, chip)
 
 
 @pytest.mark.parametrize(

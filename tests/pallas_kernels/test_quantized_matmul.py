@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import quantized_matmul as quantized
+from pallas_kernels import tuning
 from pallas_kernels.quantized_matmul import CHIPS, check_blocks, make_plan, quantize_rows, quantized_matmul
 
 # libtpu as a compiler on a machine without a TPU
@@ -178,6 +180,40 @@ def test_default_blocks_are_legal(chip):
             plan = make_plan(*args, False, chip, None)
             assert 0 < check_blocks(plan, *args, None, chip) <= CHIPS[chip].vmem
             assert plan.blocks.inner * plan.blocks.columns >= 1 << 17, plan
+
+
+@pytest.mark.parametrize("entry", tuning.entries(tuning.FILE).get("quantized_matmul", []), ids=lambda entry: str(list(entry.values())))
+def test_tuned_blocks_are_legal_and_used(entry):
+    """Of every type of weights that an entry holds for, and for fewer rows."""
+    shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype)
+    inner, columns, group, rows = entry["inner"], entry["columns"], entry["group"], entry["rows"]
+    scale = shape((2, inner // group, columns) if group else (2, columns), f32)
+    for kind, whole in ((i4, False),) if entry["bits"] == 4 else ((i8, False), (i8, True), (f8, False)):
+        for m in (rows, rows // 2 + 1):
+            args = shape((m, inner), bf16), shape((2, inner, columns), kind), scale
+            plan = make_plan(*args, whole and not group, entry["chip"], None)
+            assert plan.blocks == (min(entry["blocks"]["rows"], m), entry["blocks"]["inner"], entry["blocks"]["columns"])
+            assert check_blocks(plan, *args, scale if group else None, entry["chip"])
+
+
+def test_blocks_come_from_the_table(monkeypatch):
+    """For rows up to the next power of two, 8 at least; not for float32, whose parts need more VMEM, nor where tiles of scales are cut."""
+    asked = []
+
+    def lookup(op, chip, **about):
+        asked.append((op, chip, about))
+        return dict(rows=16, inner=1024, columns=256)
+
+    monkeypatch.setattr(quantized, "lookup", lookup)
+    shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype)
+    args = lambda rows, dtype: (shape((rows, 2048), dtype), shape((1, 2048, 512), i4), shape((1, 16, 512), f32))
+    assert make_plan(*args(9, bf16), False, "v5e", None).blocks == (9, 1024, 256)
+    assert asked == [("quantized_matmul", "v5e", dict(rows=16, inner=2048, columns=512, bits=4, group=128))]
+    assert make_plan(*args(9, bf16), False, "v5e", (9, 2048, 128)).blocks == (9, 2048, 128)
+    assert make_plan(*args(9, f32), False, "v5e", None).blocks != (9, 1024, 256)
+    x, w, _ = args(9, bf16)
+    assert make_plan(x, w, shape((1, 16, 512), bf16), False, "v5e", None).blocks.inner == 2048
+    assert [about["rows"] for *_, about in asked] == [16, 16]
 
 
 COMPILE = """
