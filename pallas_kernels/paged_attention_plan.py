@@ -125,7 +125,7 @@ def make_plan(q, kv, pages_per_seq: int, q_max: int, softcap: float | None, sink
     unit = math.lcm(unit, align)  # a window never straddles two blocks
     compute = q.dtype if size == 1 else jnp.promote_types(q.dtype, kv.dtype)
     write_rows = math.gcd(page, 32 if size == 1 else 8) if q_max == 1 else min(align, page)  # a write stays in one page
-    plan = need = None
+    plan, need = None, 0
     for chunk in chunks:
         for keys in (BLOCK_KEYS, BLOCK_KEYS // 2, unit):
             keys = min(keys, BLOCK_BYTES // (chunk * row * size))
