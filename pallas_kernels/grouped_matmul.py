@@ -234,9 +234,11 @@ def vmem_bytes(shape: Shape, blocks: Blocks) -> int:
 def tuned_blocks(shape: Shape) -> Blocks | None:
     """What tuned.toml has, if anything, for as many rows of x or the next power of two. columns: of the output; bits: of a weight."""
     rows = 1 << (shape.m - 1).bit_length()
-    about = dict(experts=shape.experts, inner=shape.k, columns=shape.n, rows=rows, halves=shape.halves, bits=_bits(shape.weight))
-    found = lookup("grouped_matmul", shape.chip, **about)
-    return found and Blocks(min(found["block_m"], shape.m), found["block_n"], found["window"])
+    about: dict[str, Any] = dict(
+        experts=shape.experts, inner=shape.k, columns=shape.n, rows=rows, halves=shape.halves, bits=_bits(shape.weight)
+    )
+    found: Any = lookup("grouped_matmul", shape.chip, **about)
+    return None if found is None else Blocks(min(found["block_m"], shape.m), found["block_n"], found["window"])
 
 
 def default_blocks(shape: Shape) -> Blocks:

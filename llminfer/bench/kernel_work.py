@@ -77,11 +77,12 @@ MATRICES = {
     **{"llama_qkv": (4096, 6144), "llama_o": (4096, 4096), "llama_up": (4096, 28672), "llama_down": (14336, 4096)},
     **{"qwen_qkv": (2048, 5120), "qwen_o": (4096, 2048)},
 }
+KINDS: dict[str, dict[str, Any]] = {"int8": dict(bits=8), "int4": dict(bits=4, group=128)}
 EXPERTS = {"qwen_up": (2048, 768, "silu"), "qwen_down": (768, 2048, "")}
 MODELS = [
     *[
         _quantized(f"{kind}.{name}.rows{rows}", rows, inner=inner, columns=columns, **how)
-        for kind, how in {"int8": dict(bits=8), "int4": dict(bits=4, group=128)}.items()
+        for kind, how in KINDS.items()
         for name, (inner, columns) in MATRICES.items()
         for rows in (8, 64)
     ],
