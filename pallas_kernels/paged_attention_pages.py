@@ -128,7 +128,8 @@ class Writer(NamedTuple):
         """New rows of head h in float32, moved so that a row's index is its position modulo the window size."""
         if self.plan.decode:
             return jnp.broadcast_to(self.new[0, 0, pl.ds(h, 1), :].astype(jnp.float32), (self.plan.align, self.plan.row))
-        return pltpu.roll(self.new[0, h].astype(jnp.float32), shift, 0)
+        rows = jnp.pad(self.new[0, h].astype(jnp.float32), ((0, self.plan.align - self.plan.tile), (0, 0)))
+        return pltpu.roll(rows, shift, 0)
 
     def patch(self, item: Item, b, slot, parity):
         """Puts the item's new rows of block b into the buffer and starts their way to the cache."""
@@ -142,7 +143,7 @@ class Writer(NamedTuple):
         pos = start + lax.broadcasted_iota(jnp.int32, (plan.align, plan.row), 0)
         is_new = (pos >= item.first) & (pos < item.end)
         rows = pl.ds(pl.multiple_of(start - b * plan.block, plan.align), plan.align)
-        shift = lax.rem(item.first - item.row + plan.tile, plan.align)
+        shift = lax.rem(item.first - item.row + plan.align, plan.align)
         context = self.s.kv_len[item.seq] - self.s.q_len[item.seq]
         rescaled = plan.quantized & (item.first == context) & (self.s.grown[item.seq] > 0) & (self.s.exact[0] == 0)
         page_start = item.first // plan.page * plan.page
@@ -162,7 +163,7 @@ class Writer(NamedTuple):
                     old = round_to(self.buf.dtype, old * ratio)
                 put(h, jnp.where(is_new, self._new_rows(h, shift), old))
 
-        if plan.decode:
+        if plan.decode or plan.align > plan.tile:
             merge()
         else:
             as_is = (shift == 0) & (start >= item.first) & (start + plan.align <= item.end)

@@ -163,6 +163,8 @@ def check(q, k, v, kv, page_table, q_max: int) -> None:
         raise ValueError(f"head_dim {head_dim}: must be a multiple of 16")
     if page % 16 or not 16 <= page <= 256:
         raise ValueError(f"page size {page}: must be a multiple of 16 from 16 to 256")
+    if kv.dtype.itemsize == 1 and page != 16 and page % 32:
+        raise ValueError(f"page size {page}: must be 16 or a multiple of 32 for a cache of {kv.dtype}")
     if q.ndim != 3 or q.shape[2] != head_dim or q.shape[1] % heads:
         raise ValueError(f"q has shape {q.shape}: must be [T, a multiple of {heads} heads, {head_dim}]")
     if k.shape != (q.shape[0], heads, head_dim) or v.shape != k.shape:
