@@ -64,7 +64,7 @@ class _StreamSinks(NamedTuple):
     sem: jax.Array
 
     def attend(self, item: Item, softmax: Any):
-        """After all other blocks of the item, since new rows of its own may be among the sinks; what it wrote has been waited for."""
+        """After all other blocks of the item, since its own new rows may be in the sinks' pages; those have been waited for."""
         plan = self.plan
         copies = [
             pltpu.make_async_copy(
@@ -163,7 +163,7 @@ class _Step(NamedTuple):
 
         lax.fori_loop(first, end, block, None)
         if self.sinks is not None:
-            pl.when(item.first < plan.sinks)(lambda: self.writer.drain(parity))
+            pl.when(item.first < plan.sink_rows)(lambda: self.writer.drain(parity))
             pl.when((self.s.window[0] > 0) & (item.end > self.s.window[0]))(lambda: self.sinks.attend(item, self.softmax))
         self.refs.slot[0] = (slot0 + end - first) % 2
 
