@@ -50,8 +50,9 @@ OPTIONS: dict[str, tuple] = {
     "tree": (0, 2),
     "splits": (1, 3),
     "transfers": ("eager", "on_wait"),
-    "many": (False, True),  # small blocks of keys, and steps that share the heads: several of both in short contexts
+    "many": (False, True),  # small blocks and pieces of keys, and steps that share the heads: several of both in short contexts
 }
+COST = {"mix": 3, "decode": 1}  # of compilation
 WINDOWS = ("none", "small", "large")
 KV_HEADS = {1: 2, 3: 3, 4: 2, 8: 1}
 PAGES = {16: 20, 32: 10, 48: 8, 64: 8, 128: 5, 256: 5}  # of a sequence
@@ -67,13 +68,15 @@ def legal(shape: Shape) -> bool:
         return False
     if get("tree") and get("kind") == "decode":  # a tree of one node
         return False
+    if get("page") == 48 and (eight or get("wide")):  # refused
+        return False
     return not (get("wide") and "cache" in shape and not eight)
 
 
 def whole() -> Iterator[Shape]:
     """Every combination of GRID, in an order in which a part of it is a fair sample, with OPTIONS drawn at random."""
     draw = random.Random(0)
-    shapes = [dict(zip(GRID, values)) for values in itertools.product(*GRID.values())]
+    shapes = [shape for values in itertools.product(*GRID.values()) if legal(shape := dict(zip(GRID, values)))]
     draw.shuffle(shapes)
     for shape in shapes:
         full = None
@@ -94,7 +97,7 @@ def pairwise() -> list[Shape]:
     }
     shapes = []
     while left:
-        best, most = {}, -1
+        best, most = {}, 0.0
         for _ in range(20):
             shape = dict(draw.choice(sorted(left, key=repr)))
             names = [name for name in factors if name not in shape]
@@ -104,8 +107,9 @@ def pairwise() -> list[Shape]:
                 counts = [sum(pair(name, x, b, y) in left for b, y in shape.items()) for x in options]
                 shape[name] = options[counts.index(max(counts))]
             covered = sum(pair(a, shape[a], b, shape[b]) in left for a, b in itertools.combinations(shape, 2))
-            if covered > most:
-                best, most = shape, covered
+            worth = covered / COST[shape["kind"]]
+            if worth > most:
+                best, most = shape, worth
         left -= {pair(a, best[a], b, best[b]) for a, b in itertools.combinations(best, 2)}
         shapes.append(best)
     return sorted(shapes, key=repr)
@@ -152,13 +156,12 @@ def small_block(page: int) -> int:
 def run(shape: Shape, program: Program, case: Case) -> tuple[float, float]:
     """The relative errors of output and sums; raises AssertionError where something is wrong."""
     arrays = *args, data = build(program, case)
-    want = oracle(program, *arrays)
-    sizes = dict(BLOCK_KEYS=small_block(program.page), CHUNK_ROWS=256) if shape["many"] else {}
+    sizes = dict(BLOCK_KEYS=small_block(program.page), CHUNK_ROWS=256, PIECE_KEYS=64) if shape["many"] else {}
     with contextlib.redirect_stdout(io.StringIO()) as printed, mock.patch.dict(vars(paged_attention_plan), sizes):
         found = jax.block_until_ready(program.call(*args, **data))
     text = printed.getvalue()
     assert "RACE" not in text and "non-zero count" not in text, text[:500]
-    return check_equal(program, [None if x is None else np.asarray(x) for x in found], want)
+    return check_equal(program, found, oracle(program, *arrays, found))
 
 
 def main() -> int:

@@ -42,7 +42,8 @@ def test_reference_matches_oracle(case: Case) -> None:
     program = dataclasses.replace(program, transfers="eager")
     q, k, v, kv, data = build(program, case)
     for impl in ("reference", "batched") if program.sinks else ("reference",):
-        check_equal(program, call(program, impl)(q, k, v, kv, **data), oracle(program, q, k, v, kv, data), case.spread)
+        found = call(program, impl)(q, k, v, kv, **data)
+        check_equal(program, found, oracle(program, q, k, v, kv, data, found), case.spread)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ class Case:
     spread: float = 1.0  # of the queries: large ones make scores that grow far beyond the first
 
 
-def build(program: Program, case: Case):
+def build(program: Program, case: Case) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
     """Arguments of the kernel. Sequences lie in a shuffled order, pages are permuted, everything that nobody owns is NaN."""
     rng, page, heads = np.random.default_rng(case.seed), program.page, program.kv_heads
     pool = program.seqs * program.pages + 3
@@ -126,7 +127,7 @@ def random_trees(rng, program: Program, starts, q_len):
 
 
 def write(program: Program, k, v, kv, data):
-    """The cache with the new rows, and with scales for them: (kv, scales, the same in float64 [P, Hkv, page, 2D])."""
+    """The cache with the new rows, and with scales for them: (kv, scales)."""
     cache, scales = kv.copy(), None
     rows = np.concatenate([k, v], axis=-1)
     if program.kv_dtype:
@@ -153,16 +154,23 @@ def write(program: Program, k, v, kv, data):
                 found = rounded(found.astype(np.float32) / lanes(scales[LAYER, place])[:, 0]).astype(cache.dtype)
             cache[LAYER, place][:, here % program.page] = 0
             cache[LAYER, place][:, here % program.page, : 2 * program.head_dim] = found.swapaxes(0, 1)
+    return cache, scales
+
+
+def unpacked(program: Program, cache, scales):
+    """A cache in float64, [P, Hkv, page, 2D]."""
     true = cache[LAYER, ..., : 2 * program.head_dim].astype(np.float64)
     if scales is not None:
         true = true * scales[LAYER].reshape(*scales.shape[1:2], -1, 2).repeat(program.head_dim, axis=2)[:, :, None]
-    return cache, scales, true
+    return true
 
 
-def oracle(program: Program, q, k, v, kv, data):
-    """Dense attention in float64, one sequence at a time: (out, cache, scales, sums)."""
+def oracle(program: Program, q, k, v, kv, data, found=None):
+    """Dense attention in float64, one sequence at a time: (out, cache, scales, sums). found: results whose cache is looked at in the place
+    of this one's where it has scales: numbers that were rounded the other way are compared by check_equal, and not once more."""
     out, lse = np.zeros(q.shape, np.float32), np.full(q.shape[:2], -np.inf, np.float32)
-    cache, scales, true = write(program, k, v, kv, data)
+    cache, scales = write(program, k, v, kv, data)
+    true = unpacked(program, *(np.asarray(found[1]), np.asarray(found[2])) if found and program.kv_dtype else (cache, scales))
     for r, table in enumerate(data["page_table"]):
         new, total = data["q_len"][r], data["kv_len"][r]
         if not new:
@@ -217,7 +225,7 @@ def check_equal(program: Program, found, want, spread=1.0) -> tuple[float, float
     else:
         np.testing.assert_array_equal(np.asarray(found[1], np.float32), want[1].astype(np.float32))
     assert found[0].dtype == program.dtype
-    bound = spread * (4e-3 if program.kv_dtype and program.dtype == jnp.float32 else BOUND[program.dtype])
+    bound = spread * BOUND[program.dtype]
     rows = np.isfinite(want[3])
     assert (np.isneginf(found[3]) == ~rows).all()
     relative = lambda x, y: float(np.abs(np.asarray(x, np.float32) - y).max(initial=0) / max(1.0, np.abs(y).max(initial=0)))
@@ -288,12 +296,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.program}-{case.window}-{case.seed}")
+# Others cost a compilation each and have their like in test_kernel_grid.py; the reference is held against all of them.
+INTERPRETED = ("decode_blocks", "mix", "far")
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.program in INTERPRETED], ids=lambda case: f"{case.program}-{case.window}-{case.seed}"
+)
 def test_matches_oracle(case, capfd):
     program = PROGRAMS[case.program]
     q, k, v, kv, data = build(program, case)
-    want = oracle(program, q, k, v, kv, data)
     found = jax.block_until_ready(program.call(q, k, v, kv, **data))
+    want = oracle(program, q, k, v, kv, data, found)
     printed = "".join(capfd.readouterr())
     assert "RACE" not in printed and "non-zero count" not in printed, printed  # races, semaphores
     check_equal(program, found, want, case.spread)
