@@ -194,6 +194,7 @@ class _Step(NamedTuple):
         first = jnp.maximum(item.low - base, 0) // size
         end = pl.cdiv(jnp.minimum(item.end - base, plan.block), size)
         last_low = jnp.where(self.s.window[0] > 0, jnp.maximum(item.end - self.s.window[0], 0), 0)
+        tree = self.refs.tree if plan.tree_words else None
         clear_unseen_values(plan, item, base, end * size, buf, slot)
 
         def piece(n, _):
@@ -204,11 +205,7 @@ class _Step(NamedTuple):
             exact = (self.s.exact[0] > 0) | (fresh & jnp.logical_not(first_of_all))
 
             def attend(begin, keys, how, unrolled=1, known=0):  # known: so many keys, from the first on, are seen by every row
-                visible = (
-                    _visible(plan, self.s, item, self.refs.tree if plan.tree_words else None, base + begin, keys, known)
-                    if known < keys
-                    else None
-                )
+                visible = _visible(plan, self.s, item, tree, base + begin, keys, known) if known < keys else None
                 at = pl.ds(pl.multiple_of(begin, keys), keys)
                 _for_heads(plan, unrolled, lambda h: how(h, self.refs.q[0, h], buf[slot, h, at], visible))
 
@@ -239,7 +236,8 @@ class _Step(NamedTuple):
 
         _for_heads(plan, plan.heads if plan.decode else 1, head)
         if not plan.decode:
-            worst = jnp.where(mine, self.softmax.worst[...], 0.0)
+            worst = self.softmax.worst[...]
+            worst = jnp.where(mine & (worst > 0), worst, 0.0)  # NaN of one sequence must not hide the excess of another
             for at in range(0, plan.rows, LANES):
                 part = worst[:, at : at + LANES]
                 lanes = slice(0, part.shape[1])
