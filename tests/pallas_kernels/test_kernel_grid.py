@@ -21,7 +21,7 @@ SAMPLE = pairwise()
 def test_sample(number: int) -> None:
     shape = SAMPLE[number]
     program = program_of(shape)
-    run(shape, program, case_of(shape, shape["window"], number))
+    run(shape, program, case_of(shape, shape["window"], number), None if shape["page"] == 256 else 32)
     program.call.clear_cache()
 
 
