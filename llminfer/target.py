@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-# What a TPU calls itself (jax.Device.device_kind) -> its name here and in configs/chips.toml.
+# A part of what a device calls itself (jax.Device.device_kind) -> its name here and in configs/chips.toml; the first that fits.
 CHIPS = {
-    **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"},
-    **{"TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"},
+    **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e", "TPU7x": "tpu7x"},
+    "H100": "h100",
 }
 
 
@@ -60,6 +60,11 @@ def devices() -> list[Any]:
     return jax.devices()
 
 
+def chip_name(device_kind: str) -> str | None:
+    """The short name of what a device calls itself, None if it is not known here."""
+    return next((chip for part, chip in CHIPS.items() if part in device_kind), None)
+
+
 def chip_of(device: Any) -> str | None:
     """The name of a TPU, None for other devices and for a TPU that is not known here."""
-    return CHIPS.get(device.device_kind) if device.platform == "tpu" else None
+    return chip_name(device.device_kind) if device.platform == "tpu" else None

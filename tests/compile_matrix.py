@@ -17,17 +17,15 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from llminfer.bench.kernels import AOT, TOPOLOGIES
+
 # Layers: for Gemma two patterns and what is left over.
 MODELS = {"llama3_8b": 3, "gemma3_4b": 14, "qwen3_30b_a3b": 3}
 QUANTIZE = (None, "int8", "int4", "w8a8")
 KINDS = ("decode", "mixed")
 SLOTS, CONTEXT, PAGE, CHUNK = 16, 2048, 16, 256
 PAGES = SLOTS * CONTEXT // PAGE
-ENVIRONMENT = {
-    **{"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TF_CPP_MIN_LOG_LEVEL": "3"},
-    **{"TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
-}
 
 
 class Memory(NamedTuple):
@@ -54,7 +52,7 @@ def compiled(chip: str, model: str, quantize: str | None, kind: str, pages: int 
     from llminfer.target import Target, chip_of
 
     c = dataclasses.replace(from_toml(model), num_layers=MODELS[model])
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
     settings, target = EngineConfig(quantize=quantize, slots=SLOTS, page_size=PAGE), Target.of("tpu", chip=chip_of(device))
     weights = placement.abstract_params(c, settings, target)
     cache = placement.abstract_cache(c, settings, target, (pages,) * len(c.groups))
@@ -92,7 +90,7 @@ def row(chip: str, model: str, quantize: str | None, kind: str, once: bool) -> t
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compiles step programs for TPUs and prints the memory they take.")
-    parser.add_argument("--chips", nargs="*", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--chips", nargs="*", choices=TOPOLOGIES, default=list(TOPOLOGIES))
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--quantize", nargs="*", choices=[q or "none" for q in QUANTIZE], default=[q or "none" for q in QUANTIZE])
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
@@ -111,7 +109,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    for name, value in ENVIRONMENT.items():
+    for name, value in AOT.items():
         os.environ.setdefault(name, value)
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     sys.exit(main())

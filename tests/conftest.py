@@ -11,20 +11,16 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from llminfer.bench.kernels import AOT
+
 ROOT = Path(__file__).parent.parent
 
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
     # Most of the time of a first run is compilation: keep every program.
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache-jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    # libtpu as a compiler on a machine without a TPU: ask no metadata server, take no lock file.
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
+    **AOT,  # libtpu as a compiler: ask no metadata server, take no lock file
 }
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)

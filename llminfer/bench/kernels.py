@@ -22,7 +22,6 @@ from llminfer.errors import UserError, refuse
 from llminfer.progress import Progress, start
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-KINDS = {"v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6": "v6e", "7": "tpu7x", "H100": "h100"}  # in order
 # Bundles a second: of v4 to v5p as published, of the others what their peaks come to (a bundle keeps 262,144 multipliers of a v6e busy,
 # of a tpu7x twice as many).
 CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "tpu7x": 2.2e9}
@@ -44,11 +43,6 @@ def peaks(chip: str) -> dict[str, float]:
         return {}
     devices = about["devices"]
     return {"flops_per_s": about["bf16_tflops"] * 1e12 / devices, "bytes_per_s": about["hbm_gb_per_s"] * 1e9 / devices}
-
-
-def chip_of(device_kind: str) -> str:
-    """The short name of what a device calls itself, "" if it is unknown."""
-    return next((chip for part, chip in KINDS.items() if part in device_kind), "")
 
 
 def least_seconds(work: Work, chip: str) -> float | None:
@@ -218,10 +212,10 @@ def kernels(target: str | None, tune: bool, out: Path | None, only: str, progres
     cases = select(only, CASES + MODELS if tune else CASES)
     figure: Callable[..., dict[str, Any]]
     if target is None:
-        from llminfer.target import Target, devices
+        from llminfer.target import Target, chip_name, devices
 
         device = devices()[0]
-        target, platform = chip_of(device.device_kind), Target.of(device.platform).platform
+        target, platform = chip_name(device.device_kind) or "", Target.of(device.platform).platform
         if platform == "cpu":
             raise UserError("--target: must be given where there is no TPU or GPU, such as v6e; its compiler is the extra tpu")
         figure = lambda case, blocks=None: measured(case, target, implementation(case, platform), blocks)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llminfer.bench.kernel_work import CASES, Case, Work, draw, make
-from llminfer.bench.kernels import attempt, chip_of, implementation, least_seconds, peaks, select, time_once
+from llminfer.bench.kernels import attempt, implementation, least_seconds, peaks, select, time_once
 from llminfer.progress import Progress, start
 
 BOUND = 1e-2  # of the largest value, for bfloat16
@@ -24,11 +24,11 @@ BUDGET = 540.0  # seconds, after which nothing new is begun
 
 def selfcheck(out: Path, only: str, progress: Progress | None, budget: float = BUDGET) -> dict[str, Any]:
     """The report, which is also in the file `out`, as far as it has come, after each kernel."""
-    from llminfer.target import Target, devices
+    from llminfer.target import Target, chip_name, devices
 
     device, begin = devices()[0], time.monotonic()
     target, cases = Target.of(device.platform).platform, select(only, [case for case in CASES if case.small])
-    chip = "" if target == "cpu" else chip_of(device.device_kind)
+    chip = "" if target == "cpu" else chip_name(device.device_kind) or ""
     report: dict[str, Any] = {
         "what": "llminfer selfcheck",
         "rehearsal": target == "cpu",

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -15,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from tpu_program import run_program
 
 from pallas_kernels import tuning
 from pallas_kernels.flash_attention import OTHER_VMEM, VMEM, flash_attention
@@ -22,14 +19,6 @@ from pallas_kernels.flash_attention_tpu import clip_blocks, default_blocks, flas
 
 SMALL = {"step": 128, "block_q": 256, "block_k": 256}
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
-AOT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 
 
 @dataclass(frozen=True)
@@ -195,7 +184,4 @@ jax.jit(attend).lower(A(dtype, 2, 1500, heads, dim), kv, kv, A("int32", 2), A("i
     ],
 )
 def test_compiles_for_tpu(chip: str, topology: str, heads: int, kv_heads: int, dim: int, dtype: str) -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", COMPILE, chip, topology, *map(str, (heads, kv_heads, dim)), dtype]
-    run = subprocess.run(command, env={**os.environ, **AOT, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_program(COMPILE, chip, topology, heads, kv_heads, dim, dtype)

@@ -1,11 +1,7 @@
 """The grouped matmul's reference and its TPU kernel (interpreted) against a float64 oracle; the kernel compiled for real TPU targets."""
 
 import functools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -13,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from tpu_program import run_program
 
 from pallas_kernels import grouped_matmul as grouped
 from pallas_kernels import tuning
@@ -32,15 +29,6 @@ from pallas_kernels.grouped_matmul import (
 from pallas_kernels.quantized_matmul import CHIPS
 
 LAYERS, LAYER = 2, 1
-# libtpu as a compiler on a machine without a TPU
-AOT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 
 
@@ -316,7 +304,4 @@ assert memory.temp_size_in_bytes <= 16 << 20, memory  # no layer's weights (50 M
 )
 def test_compiles_for_tpu(topology, kind, group, activation):
     """Qwen3-30B-A3B's experts, 64 tokens: weights are read where they lie, whatever the layer."""
-    command = [sys.executable, "-c", COMPILE, topology, kind, str(group), activation]
-    environment = {**os.environ, **AOT, "PYTHONPATH": str(Path(__file__).parents[2])}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_program(COMPILE, topology, kind, group, activation)

@@ -2,11 +2,7 @@
 
 import functools
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,19 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from tpu_program import run_program
 
 from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 
 LAYERS, LAYER = 2, 1
-# libtpu as a compiler on a machine without a TPU
-AOT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 # Most of a test's time is compilation: a little of the optimization that a run of milliseconds does not need.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
@@ -378,7 +366,4 @@ assert temporaries[0] == temporaries[1], temporaries
 )
 def test_compiles_for_tpu(topology, page, rows, q_max, sinks):
     """Llama-3-8B heads: the cache is aliased, and temporaries do not depend on the number of pages."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", COMPILE, topology, *map(str, (page, rows, q_max, sinks))]
-    run = subprocess.run(command, env={**os.environ, **AOT, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_program(COMPILE, topology, page, rows, q_max, sinks)

@@ -1,31 +1,19 @@
 """Products with quantized weights against float64 NumPy (kernel interpreted, and the reference), and compiled for real TPU targets."""
 
 import functools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tpu_program import run_program
 
 from pallas_kernels import quantized_matmul as quantized
 from pallas_kernels import tuning
 from pallas_kernels.quantized_matmul import CHIPS, check_blocks, make_plan, quantize_rows, quantized_matmul
 
-# libtpu as a compiler on a machine without a TPU
-AOT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 f32, bf16, i8, i4, f8 = jnp.float32, jnp.bfloat16, jnp.int8, jnp.int4, jnp.float8_e4m3fn
 
@@ -261,7 +249,4 @@ if chip in ("v5e", "v6e"):
 )
 def test_compiles_for_tpu(topology, chip):
     """Under a scan over layers: no temporary as large as an eighth of one layer's weights, so nothing is copied or converted outside."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", COMPILE, topology, chip]
-    run = subprocess.run(command, env={**os.environ, **AOT, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_program(COMPILE, topology, chip)
