@@ -17,7 +17,8 @@ pytestmark = pytest.mark.tpu_compile
         ("v5e", "llama3_8b", "int4", "decode", True),
         ("v6e", "llama3_8b", "w8a8", "decode", True),
         ("v6e", "qwen3_30b_a3b", "int4", "decode", True),
-        ("v5p", "gemma3_4b", "int8", "decode", True),
+        ("v5e", "gemma3_4b", "int8", "decode", True),
+        ("v5p", "llama3_8b", "int8", "decode", True),
     ],
 )
 def test_step_compiles_in_place(chip: str, model: str, quantize: str | None, kind: str, once: bool) -> None:
