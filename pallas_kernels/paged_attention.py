@@ -77,10 +77,10 @@ def paged_attention(
     length or window that cannot be is not touched, and its rows come back as NaN. Raises ValueError for shapes that cannot work."""
     check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max)
     check_options(q, kv, window, sinks, q_sinks, sink_logits, tree, kv_scale, kv_splits)
-    sound = None
+    sound = asked = None
     if debug:
         sound = _sound(q.shape[0], kv, layer, page_table, q_start, q_len, kv_len, window)
-        q_len = jnp.where(sound, q_len, 0)
+        asked, q_len = q_len, jnp.where(sound, q_len, 0)
     args: dict[str, Any] = dict(layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len, window=window)
     args |= dict(scale=scale, softcap=softcap, q_max=q_max, sinks=sinks, q_sinks=q_sinks, sink_logits=sink_logits, tree=tree)
     if impl in ("reference", "batched"):
@@ -96,7 +96,7 @@ def paged_attention(
     else:
         raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret")
     if sound is not None:
-        out = _spoil(out, sound, q_start)
+        out = _spoil(out, sound, q_start, asked)
     return (out, kv, *([] if kv_scale is None else [kv_scale]), *([lse] if with_lse else []))
 
 
@@ -111,10 +111,11 @@ def _sound(tokens, kv, layer, page_table, q_start, q_len, kv_len, window):
     return ids & lengths & (window >= 0) & (layer >= 0) & (layer < kv.shape[0])
 
 
-def _spoil(out, sound, q_start):
-    """NaN in the rows where sequences begin that are not sound."""
-    rows = jnp.clip(jnp.where(sound, out.shape[0], q_start), 0, out.shape[0])
-    return out.at[rows].set(jnp.nan, mode="drop")
+def _spoil(out, sound, q_start, q_len):
+    """NaN in the rows of sequences that are not sound, one row at least, where no other sequence has them."""
+    row = jnp.arange(out.shape[0])[:, None]
+    of = (row >= q_start) & (row < q_start + jnp.maximum(q_len, 1))
+    return jnp.where(((of & ~sound).any(1) & ~(of & sound).any(1))[:, None, None], jnp.nan, out)
 
 
 def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max):
@@ -265,7 +266,7 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
     whole = chunk == 1  # zeros under the value lanes: the product reads whole rows, which need not be cut out
     qs = _by_heads((qs * scale).astype(dtype), heads, kv.shape[4] if whole else dim)
     flat = lambda x: jnp.broadcast_to(x[:, :, None], (rows, chunk, group, x.shape[2])).reshape(rows, 1, chunk * group, -1)
-    depth = pos if nodes is None else jnp.where(pos >= 0, nodes[0][:, None] + _depth(nodes[1]), -1)
+    depth = pos if nodes is None else jnp.where(pos >= 0, nodes[0][:, None] + tree_depth(nodes[1]), -1)
     nodes = nodes and (nodes[0].reshape(rows, 1, 1, 1), flat(nodes[1]))
     pos, depth = flat(pos[..., None]), flat(depth[..., None])
     low = jnp.where(window > 0, depth - window + 1, 0)
@@ -332,8 +333,8 @@ def _in_tree(at, low, context, words):
     return jnp.where(place < 0, at >= low, (bits >> (place & 31)) & 1 == 1)
 
 
-def _depth(words):
-    """How many ancestors each node [..., W] sees."""
+def tree_depth(words):
+    """How many ancestors each node [..., W] of a tree sees."""
     return jnp.sum(lax.population_count(words), axis=-1) - 1
 
 

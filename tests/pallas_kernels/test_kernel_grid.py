@@ -61,6 +61,7 @@ def test_debug_touches_no_sequence_that_cannot_be(impl: str) -> None:
     np.testing.assert_array_equal(out[mine], want[mine])
     assert np.isfinite(out[mine]).all()
     assert np.isnan(np.asarray(out)[start[:4]]).all()
+    assert all(np.isnan(out[at : at + rows]).all() for at, rows in zip(start[:4], new[:4], strict=True))
     np.testing.assert_array_equal(found, cache)
     changed = (np.asarray(found) != kv) & ~(np.isnan(found) & np.isnan(kv))
     assert set(np.unique(np.nonzero(changed)[1])) == {data["page_table"][5, 2], data["page_table"][5, 3]} and changed[LAYER].any()
