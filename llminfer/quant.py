@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from llminfer.target import Target
-from pallas_kernels.quantized_matmul import LANES, quantized_matmul, quantized_matmul_reference
+from pallas_kernels.quantized_matmul import LANES, quantize_rows, quantized_matmul, quantized_matmul_reference
 from sharding.rules import partition
 
 GROUPS = (128, 64, 32)  # inputs that share a scale of int4, the first that divides
@@ -121,8 +121,7 @@ def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, mesh: j
 
 def _int8_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:
     """int8 x int8, x rounded by token. XLA:CPU has a fast such product for two rows and more, and none for one."""
-    amount = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True).astype(jnp.float32), 1e-30) / 127.0
-    whole = jnp.round(x / amount).astype(jnp.int8)
+    whole, amount = quantize_rows(x)
     rows = max(2, x.shape[0])
     whole = jnp.pad(whole, ((0, rows - x.shape[0]), (0, 0)))
     y = lax.dot_general(whole, w.q, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)[: x.shape[0]]

@@ -18,6 +18,16 @@ def largest(dtype) -> float:
     return 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
 
 
+def rounded(dtype, x):
+    """x in float32, rounded to what an integer type holds; a float type rounds by itself."""
+    return jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x
+
+
+def begun(page: int, page_table, context):
+    """The page [R] that each sequence's first new token goes into, behind context [R] tokens."""
+    return page_table[jnp.arange(context.shape[0]), jnp.clip(context // page, 0, page_table.shape[1] - 1)]
+
+
 def owners(tokens: int, page: int, page_table, q_start, q_len, kv_len):
     """Of each of `tokens` rows: the sequence it belongs to, its position, the page that holds it, and whether it belongs to one at all."""
     token = jnp.arange(tokens)[:, None]
@@ -41,10 +51,9 @@ def grow(k, v, kv_scale, dtype, page: int, *, layer, page_table, q_start, q_len,
     grown = grown.at[layer, jnp.where(owned, ids, nowhere)].max(need, mode="drop")
     mine = jnp.where(owned[:, None], grown[layer, ids], 1.0).reshape(tokens, heads, 2, 1)
     rows = jnp.where(owned[:, None, None, None], both / mine, 0.0)
-    rows = (jnp.round(rows) if dtype == jnp.int8 else rows).astype(dtype)
-    begun = page_table[jnp.arange(kv_len.shape[0]), jnp.clip(context // page, 0, page_table.shape[1] - 1)]
-    shared = ((context % page != 0) & (q_len > 0))[:, None]
-    ratio = jnp.where(shared, kv_scale[layer, begun] / jnp.where(shared, grown[layer, begun], 1.0), 1.0)
+    rows = rounded(dtype, rows).astype(dtype)
+    shared, begins_in = ((context % page != 0) & (q_len > 0))[:, None], begun(page, page_table, context)
+    ratio = jnp.where(shared, kv_scale[layer, begins_in] / jnp.where(shared, grown[layer, begins_in], 1.0), 1.0)
     return grown, rows.reshape(tokens, heads, 2 * dim), ratio
 
 
@@ -58,11 +67,10 @@ def rescale(kv, ratio, dim: int, *, layer, page_table, context):
     """The cache kv [L, P, Hkv, page, row] with what the page of each sequence's first new token holds already, positions below
     context [R], times ratio [R, 2 * Hkv] as grow gives it."""
     page = kv.shape[3]
-    ids = page_table[jnp.arange(context.shape[0]), jnp.clip(context // page, 0, page_table.shape[1] - 1)]
+    ids = begun(page, page_table, context)
     grown = (ratio < 1).any(axis=1)
     old = kv[layer, ids].astype(jnp.float32)
-    new = old * lanes(ratio, dim, kv.shape[4])[:, :, None]
-    new = jnp.round(new) if kv.dtype == jnp.int8 else new
+    new = rounded(kv.dtype, old * lanes(ratio, dim, kv.shape[4])[:, :, None])
     kept = jnp.arange(page)[:, None] < (context % page)[:, None, None, None]
     return kv.at[layer, jnp.where(grown, ids, kv.shape[1])].set(jnp.where(kept, new, old).astype(kv.dtype), mode="drop")
 

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.kv_scales import rounded
 from pallas_kernels.paged_attention_plan import LANES, Plan
 
 
@@ -160,7 +161,7 @@ class Writer(NamedTuple):
                 old = self.buf[slot, h, rows, :].astype(jnp.float32)
                 if self.ratio is not None:
                     ratio = jnp.where(rescaled & (pos >= page_start) & (pos < item.first), self.ratio[0, 0, pl.ds(h, 1), :], 1.0)
-                    old = round_to(self.buf.dtype, old * ratio)
+                    old = rounded(self.buf.dtype, old * ratio)
                 put(h, jnp.where(is_new, self._new_rows(h, shift), old))
 
         if plan.decode or plan.align > plan.tile:
@@ -181,11 +182,6 @@ class Writer(NamedTuple):
         src = self.stage.at[parity, w, :, pl.ds(j, plan.write_rows), :]
         pltpu.make_async_copy(src, self.kv.at[self.s.layer[0], page_id, step_heads(plan), rows, :], self.sem.at[parity]).start()
         self.pending[parity] += 1
-
-
-def round_to(dtype, x):
-    """x in float32, rounded to what an integer type holds; a float type rounds by itself."""
-    return jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x
 
 
 class Scaled(NamedTuple):

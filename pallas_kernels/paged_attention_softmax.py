@@ -114,9 +114,9 @@ class Columns(NamedTuple):
             self.total[...] = jnp.where(lax.broadcasted_iota(jnp.int32, self.total.shape, 1) == 0, 1.0, 0.0)
             self.top[...] = jnp.broadcast_to(logits[...], self.top.shape)
 
-    def _scores(self, q, keys):
+    def _scores(self, q, kv):
         """Scores of kv [keys, row], as [SUBLANES, rows] of each eight keys."""
-        scores = _capped(self.plan, _dot(self.plan, keys[:, : self.plan.width].astype(self.plan.compute), q, ((1,), (1,))))
+        scores = _capped(self.plan, _dot(self.plan, kv[:, : self.plan.width].astype(self.plan.compute), q, ((1,), (1,))))
         return [scores[at : at + SUBLANES] for at in range(0, scores.shape[0], SUBLANES)]
 
     def _raise(self, h, parts):

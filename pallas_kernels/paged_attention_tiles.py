@@ -1,10 +1,10 @@
 """Rows of the TPU's paged attention laid out in the tiles that its steps work on, and back."""
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import kv_scales
+from pallas_kernels.paged_attention import tree_depth
 from pallas_kernels.paged_attention_plan import LANES, Plan
 
 
@@ -57,9 +57,7 @@ def logits_to_tiles(plan: Plan, logits):
 
 def tree_to_tiles(plan: Plan, tree):
     """Words [T, W] of nodes that each token sees to [tiles, W + 1, rows]; the last is how far the token lies behind its root."""
-    tree = lax.bitcast_convert_type(tree, jnp.uint32)
-    depth = jnp.sum(lax.population_count(tree), axis=1, keepdims=True) - 1
-    tree = jnp.concatenate([tree, depth], axis=1).astype(jnp.int32)
+    tree = jnp.concatenate([tree, tree_depth(tree)[:, None]], axis=1)
     tree = jnp.pad(tree, ((0, -tree.shape[0] % plan.tile), (0, 0))).reshape(-1, plan.tile, tree.shape[1])
     return jnp.tile(tree.transpose(0, 2, 1), (1, 1, plan.group))
 

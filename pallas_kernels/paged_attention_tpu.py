@@ -1,9 +1,10 @@
 """Paged attention for TPU: causal (optionally windowed) attention over a paged cache that it also extends, in place.
 
-Algorithm. The cache stays in HBM. The query rows are cut into tiles (one token for decode, 16 to 128 tokens otherwise) and each
-overlap of a tile with a sequence is one work item, one grid step. An item walks over the blocks of keys that its rows can see,
-several pages a block, copied page by page into one of two VMEM buffers while the other is in use; the next item's first block is
-requested during the last block of this one. Softmax is online, in float32.
+Algorithm. The cache stays in HBM. The query rows are cut into tiles (one token for decode, 16 to 256 tokens otherwise) and each
+overlap of a tile with a sequence is one work item; a grid step works on one item for some of the key-value heads, all items with the
+first heads, then all with the next. A step walks over the blocks of keys that its rows can see, several pages a block, copied page by
+page into one of two VMEM buffers while the other is in use; the next item's first block is requested during the last block of this one.
+Softmax is online, in float32, and for tiles mostly relative to an older maximum (paged_attention_softmax.py).
 
 The item's own new keys and values are the last positions that it sees. They are patched into the block in VMEM and written to
 the cache from there, in aligned windows of rows, since a single row of a tiled array cannot be addressed. Three rules keep reads
