@@ -25,7 +25,7 @@ LIMITS = {
 }
 MAX_EXPERTS = 4096
 MAX_SINKS = 128
-QUANTIZATIONS = (None, "int8", "int4", "w8a8")
+QUANTIZATIONS = (None, "int8", "int4", "mxfp4", "w8a8")
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -255,7 +255,8 @@ class EngineConfig:
     """Everything that `LLM(**kw)` and `--set key=value` accept beside the model. Lengths in tokens. profile: a folder for a trace
     of the first steps, which xprof and TensorBoard show. kv_policy: "sinks:4,window:1024" keeps the keys and values of the first 4
     and the last 1024 tokens only, in layers that would see all (StreamingLLM, arXiv 2309.17453). quantize: "int8" and "int4" round the
-    matrices of the layers, by output channel and in groups of 128 (64, 32) inputs; "w8a8" is int8, and tokens are rounded to int8 too."""
+    matrices of the layers, by output channel and in groups of 128 (64, 32) inputs; "mxfp4" to floats of 4 bits in groups of 32 (OCP
+    Microscaling Formats); "w8a8" is int8, and tokens are rounded to int8 too."""
 
     slots: int = 8
     context: int | None = None

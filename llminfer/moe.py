@@ -16,7 +16,8 @@ from jax import lax
 from llminfer.config import ModelConfig
 from llminfer.quant import QTensor, stack_of
 from llminfer.target import Target
-from pallas_kernels.grouped_matmul import LANES, grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.weight_formats import LANES
 from sharding.rules import partition
 
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu"}  # of ModelConfig -> of grouped_matmul
@@ -72,6 +73,6 @@ def _product(x: jax.Array, w: Any, sizes: jax.Array, layer: jax.Array, activatio
     q, scale = (w.q, w.scale) if isinstance(w, QTensor) else (w, None)
     if scale is not None and scale.shape[2] == 1:
         scale = scale[:, :, 0]
-    inner, out = q.shape[2], q.shape[3] // (1 if activation is None else 2)
+    inner, out = x.shape[1], q.shape[3] // (1 if activation is None else 2)
     impl = target.body if inner % LANES == 0 and out % LANES == 0 else "reference"
     return grouped_matmul(x, q, sizes, layer=layer, scale=scale, activation=activation, chip=target.chip, impl=impl)

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llminfer.errors import refuse
 from llminfer.target import Target
-from pallas_kernels.quantized_matmul import LANES, quantize_rows, quantized_matmul, quantized_matmul_reference
+from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
+from pallas_kernels.weight_formats import LANES, MXFP4_GROUP, mxfp4_values, quantize_mxfp4, values
 from sharding.rules import partition
 
 GROUPS = (128, 64, 32)  # inputs that share a scale of int4, the first that divides
@@ -20,12 +22,14 @@ GROUPS = (128, 64, 32)  # inputs that share a scale of int4, the first that divi
 
 @flax.struct.dataclass
 class QTensor:
-    """A matrix of small integers, w[i, o] = q[i, o] * scale[i // group, o]. Leading axes (layers, experts) are carried along.
+    """A matrix of small numbers, w[i, o] = q[i, o] * scale[i // group, o]. Leading axes (layers, experts) are carried along.
 
     axes: logical names of in and out, by which a mesh splits it. by_token: x is rounded to int8 too, token by token."""
 
-    q: Any  # int8 or int4 [..., in, out]; on a CPU int4 is kept in int8, since XLA:CPU hangs in the compilation of some programs with int4
-    scale: Any  # float32 [..., in / group, out]; one group is one scale for each output channel
+    # int8 or int4 [..., in, out], or uint8 [..., in / 2, out], MXFP4 as pallas_kernels.weight_formats says. On a CPU all are kept in int8:
+    # XLA:CPU hangs in the compilation of some programs with int4.
+    q: Any
+    scale: Any  # float32 (MXFP4: bfloat16) [..., in / group, out]; one group is one scale for each output channel
     axes: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
     by_token: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -60,9 +64,20 @@ def quantize_int4(w: jax.Array, axes: tuple[str, ...] = (), *, ways: int = 1, dt
     return QTensor(jnp.round(grouped / scale).reshape(w.shape).astype(dtype), scale[..., 0, :], axes)
 
 
+def quantize_to_mxfp4(w: jax.Array, axes: tuple[str, ...] = (), *, ways: int = 1, whole: bool = False) -> QTensor:
+    """Rounding of w [..., in, out] to MXFP4, whose groups are 32 inputs. whole: kept as int8, twice the numbers with half the scales.
+    Raises UserError where groups do not divide each of `ways` parts of `in`."""
+    if w.shape[-2] % (MXFP4_GROUP * ways):
+        parts = f" in {ways} parts" if ways > 1 else ""
+        rule = f"a matrix of {w.shape[-2]} inputs{parts} has no whole groups of {MXFP4_GROUP}; legal: int8, int4, w8a8"
+        raise refuse("quantize", "mxfp4", rule)
+    q, scale = quantize_mxfp4(w)
+    return QTensor((2 * mxfp4_values(q)).astype(jnp.int8), scale.astype(jnp.float32) / 2, axes) if whole else QTensor(q, scale, axes)
+
+
 def dequantize(w: QTensor) -> np.ndarray:
     """The float32 matrix that a QTensor stands for, on the host."""
-    q, scale = np.asarray(w.q).astype(np.float32), np.asarray(w.scale)
+    q, scale = np.asarray(values(w.q)), np.asarray(w.scale).astype(np.float32)
     grouped = q.reshape(*scale.shape[:-1], -1, scale.shape[-1])
     return (grouped * scale[..., None, :]).reshape(q.shape)
 
@@ -71,6 +86,8 @@ def quantizer(kind: str | None, axes: tuple[str, ...], ways: int, target: Target
     """The function that quantizes a matrix of these logical axes, of which a mesh cuts the rows in so many ways; None for no kind."""
     if kind is None:
         return None
+    if kind == "mxfp4":
+        return functools.partial(quantize_to_mxfp4, axes=axes[-2:], ways=ways, whole=target.platform == "cpu")
     if kind == "int4":
         dtype = jnp.int8 if target.platform == "cpu" else jnp.int4
         return functools.partial(quantize_int4, axes=axes[-2:], ways=ways, dtype=dtype)
@@ -97,7 +114,7 @@ def matmul(x: jax.Array, w: Any, target: Target) -> jax.Array:
 
 def _by_kernel(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:
     """Sizes that are no multiples of a register's lanes, or groups that are none of the kernel's, are left to XLA."""
-    inner, out = q.shape[1:]
+    inner, out = x.shape[1], q.shape[2]
     fits = inner % LANES == 0 and out % LANES == 0 and (scale.shape[1] == 1 or inner // scale.shape[1] in GROUPS)
     if not fits:
         return quantized_matmul_reference(x, q, scale, layer=layer, quantize_x=by_token)

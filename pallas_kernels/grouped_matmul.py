@@ -6,6 +6,7 @@ row]. Rows past the sum of group_sizes come back as zeros, whatever x holds ther
     x [M, K] bfloat16 or float32   group_sizes int32 [E], sum at most M   layer int32 scalar   out [M, N] of x's dtype
     w [L, E, K, N]: of x's dtype; or int8 or int4 with scale [L, E, N] (a column's) or scale [L, E, K / group, N] (a group's: rows
     i * group .. of a column). The product is with w * scale.   bias [L, E, N], added to the product
+    or [L, E, K / 2, N] uint8: MXFP4, with scale [L, E, K / 32, N] (weight_formats.py)
 
 With an `activation` N is 2 * F, gate columns first, then up, and out [M, F] = act(gate) * up: the wide product stays on the chip.
 "silu" and "gelu" (by tanh) are of the gate; "clamped" is gpt-oss's: gate * sigmoid(ALPHA * gate) * (up + 1), gate at most LIMIT, up from
@@ -33,10 +34,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantized_matmul import CHIPS, MAGIC, convert, reorder
 from pallas_kernels.tuning import lookup
+from pallas_kernels.weight_formats import CHIPS, LANES, MAGIC, MXFP4, MXFP4_GROUP, bits, convert, packed, reorder, scaled, values
 
-LANES, ALIGN = 128, 16  # lanes of a register; where windows start: rows of a packed bfloat16 tile
+ALIGN = 16  # where windows start: rows of a packed bfloat16 tile
 ROWS = 16  # experts whose scales (or biases) of a column come together
 REFERENCE_ROWS = 64  # rows of one expert that the reference multiplies at a time
 ALPHA, LIMIT = 1.702, 7.0  # gpt-oss
@@ -80,7 +81,9 @@ class Shape:
 
     @property
     def words(self) -> str:
-        """The type of weights that are converted by words, as quantized_matmul.py describes; "": by the compiler."""
+        """The type of weights that are converted by words, as weight_formats.py describes; "": by the compiler."""
+        if self.weight == jnp.uint8:
+            return MXFP4
         by_words = self.group and self.after and self.few and self.dtype == jnp.bfloat16
         return self.weight.name if by_words and self.weight.name in CHIPS[self.chip].words else ""
 
@@ -145,7 +148,7 @@ def grouped_matmul_reference(shape: Shape, x, w, group_sizes, layer, scale, bias
 def _reference_rows(shape: Shape, x, w, scale, bias):
     """x [rows, K] with the matrix of one expert."""
     if scale is not None:
-        w = w.astype(jnp.float32) * jnp.repeat(scale.reshape(-1, w.shape[1]).astype(jnp.float32), shape.group, axis=0)
+        w = values(w) * jnp.repeat(scale.reshape(-1, w.shape[1]).astype(jnp.float32), shape.group, axis=0)
     product = jnp.dot(x, w.astype(x.dtype), precision=_precision(x.dtype), preferred_element_type=jnp.float32)
     product = product if bias is None else product + bias.astype(jnp.float32)
     return activate(shape.activation, *jnp.split(product, shape.halves, axis=1)).astype(x.dtype)
@@ -170,9 +173,9 @@ def _precision(dtype):
 
 def check(x, w, group_sizes, scale=None, bias=None, activation=None, chip=None) -> Shape:
     """Static checks of all bodies. Raises ValueError that names what is wrong and what would be legal."""
-    if x.ndim != 2 or w.ndim != 4 or w.shape[2] != x.shape[1]:
-        raise ValueError(f"x {x.shape} and w {w.shape}: need [M, K] and [L, E, K, N] with the same K")
-    layers, experts, k, n = w.shape
+    if x.ndim != 2 or w.ndim != 4 or w.shape[2] * packed(w.dtype) != x.shape[1]:
+        raise ValueError(f"x {x.shape} and w {w.dtype} {w.shape}: need [M, K] and [L, E, K, N] (uint8: [L, E, K / 2, N]) with the same K")
+    layers, experts, k, n = *w.shape[:2], x.shape[1], w.shape[3]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x has dtype {x.dtype}: must be bfloat16 or float32")
     if group_sizes.shape != (experts,) or group_sizes.dtype != jnp.int32:
@@ -182,9 +185,9 @@ def check(x, w, group_sizes, scale=None, bias=None, activation=None, chip=None) 
     if activation is not None and n % 2:
         raise ValueError(f"w has N={n} columns: must be even with an activation, half of them gate and half up")
     if scale is None and w.dtype != x.dtype:
-        raise ValueError(f"w has dtype {w.dtype} and no scale: must be {x.dtype}, as x, or int8 or int4 with a scale")
-    if scale is not None and w.dtype not in (jnp.int8, jnp.int4):
-        raise ValueError(f"w has dtype {w.dtype} and a scale: must be int8 or int4")
+        raise ValueError(f"w has dtype {w.dtype} and no scale: must be {x.dtype}, as x, or int8, int4 or uint8 (MXFP4) with a scale")
+    if scale is not None and w.dtype not in (jnp.int8, jnp.int4, jnp.uint8):
+        raise ValueError(f"w has dtype {w.dtype} and a scale: must be int8, int4 or uint8 (MXFP4)")
     group = 0
     if scale is not None:
         group = k if scale.ndim == 3 else k // max(scale.shape[2], 1) if scale.ndim == 4 else 0
@@ -192,6 +195,8 @@ def check(x, w, group_sizes, scale=None, bias=None, activation=None, chip=None) 
             raise ValueError(
                 f"scale has shape {scale.shape}: must be [{layers}, {experts}, {n}] or [{layers}, {experts}, {k} / group, {n}]"
             )
+    if scale is not None and w.dtype == jnp.uint8 and group != MXFP4_GROUP:
+        raise ValueError(f"scale {scale.shape} of MXFP4: must be {(layers, experts, k // MXFP4_GROUP, n)}")
     if bias is not None and bias.shape != (layers, experts, n):
         raise ValueError(f"bias has shape {bias.shape}: must be [{layers}, {experts}, {n}]")
     rows, columns = pl.cdiv(x.shape[0], ALIGN) * ALIGN, n if activation is None else n // 2
@@ -216,16 +221,12 @@ def check_blocks(shape: Shape, blocks: Blocks) -> None:
         raise ValueError(f"{blocks}: need {need} bytes of VMEM, {shape.chip} has {have} for them: lower block_n (weights) or block_m (x)")
 
 
-def _bits(dtype) -> int:
-    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
-
-
 def vmem_bytes(shape: Shape, blocks: Blocks) -> int:
     """VMEM that the kernel takes, with room for the sums of a window and for weights turned to x's type."""
     size, m, n = shape.dtype.itemsize, blocks.block_m, blocks.block_n
     columns = shape.halves * n
     x = m * shape.k * size * (1 if m == shape.m else 2)
-    weights = 2 * columns * shape.k * _bits(shape.weight) // 8
+    weights = 2 * columns * shape.k * bits(shape.weight) // 8
     small = 2 * columns * 4 * (ROWS + (0 if not shape.group else max(shape.k // shape.group, ROWS)))
     unpacked = 4 * 256 * columns * 4 if shape.group else 0
     return x + weights + small + unpacked + 2 * m * n * size + 2 * blocks.window * columns * 4
@@ -235,7 +236,7 @@ def tuned_blocks(shape: Shape) -> Blocks | None:
     """What tuned.toml has, if anything, for as many rows of x or the next power of two. columns: of the output; bits: of a weight."""
     rows = 1 << (shape.m - 1).bit_length()
     about: dict[str, Any] = dict(
-        experts=shape.experts, inner=shape.k, columns=shape.n, rows=rows, halves=shape.halves, bits=_bits(shape.weight)
+        experts=shape.experts, inner=shape.k, columns=shape.n, rows=rows, halves=shape.halves, bits=bits(shape.weight)
     )
     found: Any = lookup("grouped_matmul", shape.chip, **about)
     return None if found is None else Blocks(min(found["block_m"], shape.m), found["block_n"], found["window"])
@@ -282,6 +283,7 @@ def _product(shape: Shape, x, w_ref, scale_ref, e):
     by_column = shape.group == shape.k
     row = lambda k, kind: scale_ref[0, 0, k // shape.group][None].astype(kind)
     depth = math.gcd(shape.group, 256) if shape.after and not by_column else 256  # few weights at a time lie converted in VMEM
+    kind, pack = shape.dtype if CHIPS[shape.chip].bf16 else jnp.float32, packed(shape.weight)
     total: Any = 0
     for at in range(0, shape.k, depth):
         end = min(at + depth, shape.k)
@@ -291,10 +293,9 @@ def _product(shape: Shape, x, w_ref, scale_ref, e):
                 part -= MAGIC * jnp.sum(x[:, at:end].astype(jnp.float32), axis=1, keepdims=True)
             total += part if by_column else part * row(at, jnp.float32)
         else:
-            kind = shape.dtype if CHIPS[shape.chip].bf16 else jnp.float32
-            step = min(shape.group, depth)
-            groups = [w_ref[0, 0, k : k + step].astype(kind) * row(k, kind) for k in range(at, end, step)]
-            total += dot(x[:, at:end], jnp.concatenate(groups).astype(shape.dtype))
+            held = w_ref[0, 0, at // pack : end // pack]
+            right = scaled(shape.words, held, shape.group, lambda k, at=at: row(at + k, kind), kind)
+            total += dot(x[:, at:end], right.astype(shape.dtype))
     return total * _row_of(scale_ref, e) if by_column else total
 
 
@@ -351,7 +352,7 @@ def _kernel(meta, bounds, item_group, item_block, x_ref, *refs, shape: Shape, bl
 
 def _cost(shape: Shape) -> pl.CostEstimate:
     """For XLA's scheduler, which cannot know the group sizes: as if rows were spread evenly."""
-    weights = shape.halves * shape.k * shape.n * min(shape.m, shape.experts) * _bits(shape.weight) // 8
+    weights = shape.halves * shape.k * shape.n * min(shape.m, shape.experts) * bits(shape.weight) // 8
     rows = shape.m * (shape.k + shape.n) * shape.dtype.itemsize
     flops = 2 * shape.m * shape.k * shape.n * shape.halves
     return pl.CostEstimate(flops=flops, bytes_accessed=weights + rows, transcendentals=(shape.halves - 1) * shape.m * shape.n)
@@ -382,7 +383,7 @@ def grouped_matmul_tpu(shape: Shape, blocks: Blocks, x, w, group_sizes, layer, s
         at = half * tiles
         whole = lambda n, i, meta, bounds, item_group, item_block, at=at: (meta[0], expert(i, meta, item_group), 0, at + n)
         several = lambda n, i, meta, bounds, item_group, item_block, at=at: (meta[0], expert(i, meta, item_group) // rows, at + n)
-        add(w, (1, 1, shape.k, blocks.block_n), whole)
+        add(w, (1, 1, w.shape[2], blocks.block_n), whole)
         if scale is not None and scale.ndim == 4:
             add(scale, (1, 1, scale.shape[2], blocks.block_n), whole)
         elif scale is not None:

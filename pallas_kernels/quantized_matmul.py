@@ -1,11 +1,12 @@
-"""x times quantized weights of one layer out of a stack: int8, int4 or fp8, scaled by output channel or by groups of the inner dimension.
+"""x times quantized weights of one layer out of a stack: int8, int4, fp8 or MXFP4, scaled by output channel or by groups of inputs.
 
-    x [M, K] bfloat16 or float32   w [L, K, N] int8, int4 or float8_e4m3fn   layer int32 scalar
+    x [M, K] bfloat16 or float32   w [L, K, N] int8, int4 or float8_e4m3fn, or [L, K / 2, N] uint8 (MXFP4)   layer int32 scalar
     scale float32 or bfloat16 [L, N] or [L, 1, N]: w = q * scale (of [L, N] the kernel must fetch a tile, 8 or 16 layers, at a time)
-                           or [L, K / group, N] with group 32, 64 or 128: w = q * scale (+ minimum, of scale's shape)
+                           or [L, K / group, N] with group 32, 64 or 128 (MXFP4: 32): w = q * scale (+ minimum, of scale's shape)
 
-The weights stay whole in HBM and the kernel picks its layer by scalar prefetch, so a scan over layers copies nothing. A block of
-weights is converted to bfloat16 on its way into the matrix unit; int8, int4 and fp8 are exact there, so scales multiply sums:
+weight_formats.py says how they are stored. The weights stay whole in HBM and the kernel picks its layer by scalar prefetch, so a scan
+over layers copies nothing. A block of weights is converted to bfloat16 on its way into the matrix unit; all these types are exact there,
+so scales multiply sums:
 
   channel   the sum over all of K, once;
   after     the sum over 128 of K, group by group. Groups smaller than 128 get copies of x ("slabs") that are zero outside of the group:
@@ -13,11 +14,6 @@ weights is converted to bfloat16 on its way into the matrix unit; int8, int4 and
   before    the weights themselves, which are then rounded to bfloat16: cheaper from some number of rows on.
 
 A float32 x is cut into three bfloat16 parts, slabs too, whose products add up to float32 precision ("channel" and "after").
-
-The compiler's conversion is dear for some types on some chips. "words" does it on the int32 words that hold 4 or 8 weights of consecutive
-rows. A nibble q masked into the mantissa of 136 is the bfloat16 136 + q, two at once, and 136 * sum(x) is taken off again. The bits of an
-fp8, moved apart, are the bfloat16 w * 2**-120 (where |w| < 2**-6, of at most 448, it may count as 0); x and the sum are multiplied by 2**60
-each. All this leaves the rows of a tile in another order, which x is brought into beforehand, by a product with a permutation matrix.
 
 With quantize_x (weights int8, by channel) x is rounded to int8 too, each row by its largest magnitude; int8 x int8 sums in int32, and where
 the chip has no such product both are widened to bfloat16. Dettmers et al., arXiv 2208.07339, section 2 (vector-wise quantization).
@@ -31,37 +27,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tuning import lookup
-
-LANES = 128
-MAGIC = 136  # bfloat16 0x4308: its last 4 bits, flipped by those of a signed nibble q, make 136 + q
-GROUPS = (32, 64, 128)
-
-
-class Chip(NamedTuple):
-    """What the kernel needs to know of a chip."""
-
-    vmem: int  # bytes that the kernel may use
-    words: dict[str, int]  # types of weights that are converted by words, up to so many rows (slabs counted): x must be reordered for it
-    int8: bool  # int8 x int8 in the matrix unit
-    bf16: bool  # bfloat16 arithmetic in the vector unit: scales weights without a float32 between
-    after_rows: int  # most rows (slabs counted) at which scales multiply sums
-
-
-ANY = 1 << 30
-FP8 = "float8_e4m3fn"
-CHIPS = {
-    "v4": Chip(14 << 20, {"int4": ANY, "int8": ANY, FP8: ANY}, int8=False, bf16=False, after_rows=512),
-    "v5e": Chip(64 << 20, {"int4": 96, FP8: ANY}, int8=True, bf16=False, after_rows=96),
-    "v5p": Chip(40 << 20, {"int4": 96, FP8: ANY}, int8=True, bf16=False, after_rows=96),
-    "v6e": Chip(64 << 20, {FP8: ANY}, int8=True, bf16=True, after_rows=32),
-    "tpu7x": Chip(40 << 20, {}, int8=False, bf16=True, after_rows=32),
-}
+from pallas_kernels.weight_formats import (
+    CHIPS,
+    FP8,
+    GROUPS,
+    LANES,
+    MAGIC,
+    MXFP4,
+    MXFP4_GROUP,
+    bits,
+    convert,
+    packed,
+    reorder,
+    scaled,
+    values,
+)
 
 
 class Blocks(NamedTuple):
@@ -89,7 +74,7 @@ def quantized_matmul(
     blocks: tuple[int, int, int] | None = None,
     impl="reference",
 ):
-    """x [M, K] times layer `layer` of w [L, K, N], in x's dtype, summed in float32 (quantize_x: int32). See the module for shapes.
+    """x [M, K] times layer `layer` of w, in x's dtype, summed in float32 (quantize_x: int32). See the module for shapes.
 
     chip: v4, v5e, v5p, v6e or tpu7x, for which the kernel is compiled (the reference needs none).
     blocks: (rows, inner, columns) of the kernel; None: what tuned.toml has for the chip and shape, else default_blocks.
@@ -114,26 +99,30 @@ def quantized_matmul_reference(x, w, scale, *, layer, minimum=None, quantize_x=F
         whole, amount = quantize_rows(x)
         return (jnp.dot(whole, q, preferred_element_type=jnp.int32).astype(jnp.float32) * amount * s).astype(x.dtype)
     if not by_group(scale):
-        return (dot(x, q.astype(x.dtype)) * s).astype(x.dtype)
-    full = q.astype(jnp.float32).reshape(s.shape[0], -1, s.shape[1]) * s[:, None]
+        return (dot(x, (values(q) if q.dtype == jnp.uint8 else q).astype(x.dtype)) * s).astype(x.dtype)
+    full = values(q).reshape(s.shape[0], -1, s.shape[1]) * s[:, None]
     if minimum is not None:
         full = full + pick(minimum).astype(jnp.float32)[:, None]
-    return dot(x, full.reshape(q.shape).astype(x.dtype)).astype(x.dtype)
+    return dot(x, full.reshape(-1, s.shape[1]).astype(x.dtype)).astype(x.dtype)
 
 
 def check(x, w, scale, minimum, quantize_x):
     """Static checks shared by all bodies. Raises ValueError."""
-    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or 0 in x.shape:
-        raise ValueError(f"x {x.shape}, w {w.shape}: must be [M, K] and [L, K, N] with the same K, M at least 1")
-    layers, inner, columns = w.shape
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] * packed(w.dtype) or 0 in x.shape:
+        raise ValueError(
+            f"x {x.shape}, w {w.dtype} {w.shape}: must be [M, K] and [L, K, N] (uint8: [L, K / 2, N]), K the same, M at least 1"
+        )
+    layers, inner, columns = w.shape[0], x.shape[1], w.shape[2]
     for name, size in (("K", inner), ("N", columns)):
         if size % LANES or not size:
             raise ValueError(f"{name}={size} of w {w.shape}: must be a multiple of {LANES}")
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x has dtype {x.dtype}: must be bfloat16 or float32")
-    if w.dtype not in (jnp.int8, jnp.int4, jnp.float8_e4m3fn):
-        raise ValueError(f"w has dtype {w.dtype}: must be int8, int4 or float8_e4m3fn")
+    if w.dtype not in (jnp.int8, jnp.int4, jnp.float8_e4m3fn, jnp.uint8):
+        raise ValueError(f"w has dtype {w.dtype}: must be int8, int4, float8_e4m3fn or uint8 (MXFP4)")
     grouped = [(layers, inner // group, columns) for group in GROUPS]
+    if w.dtype == jnp.uint8 and (scale.shape != grouped[GROUPS.index(MXFP4_GROUP)] or minimum is not None):
+        raise ValueError(f"scale {scale.shape} of MXFP4: must be {grouped[GROUPS.index(MXFP4_GROUP)]}, without a minimum")
     if scale.shape not in ((layers, columns), (layers, 1, columns), *grouped):
         raise ValueError(
             f"scale {scale.shape}: must be {(layers, columns)}, {(layers, 1, columns)} or, for groups of {GROUPS}, of {grouped}"
@@ -187,13 +176,16 @@ def make_plan(x, w, scale, quantize_x, chip: str | None, blocks: tuple[int, int,
     slabs = parts * (LANES // group if group else 1)
     before = bool(group) and parts == 1 and rows * slabs > about.after_rows
     native = quantize_x and about.int8
-    bits = 4 if w.dtype == jnp.int4 else 8
-    words = not native and not before and rows * slabs <= about.words.get(w.dtype.name, 0)
-    words = words and not (w.dtype.name == FP8 and parts > 1)  # subnormal weights would count as 0: no matter to bfloat16 only
+    kind = MXFP4 if w.dtype == jnp.uint8 else w.dtype.name
+    words = not native and not before and rows * slabs <= about.words.get(kind, 0)
+    # To float32 it matters that subnormal fp8 would count as 0, and what the 136 of an int4 leaves when it is taken off again.
+    words = words and not (kind in (FP8, "int4") and parts > 1)
+    words = words or kind == MXFP4
     tile = group * _tile_rows(scale)
-    chosen = Blocks(*blocks) if blocks else _tuned_blocks(chip, rows, inner, w.shape[2], bits, group, tile) if parts == 1 else None
-    chosen = chosen or default_blocks(rows, inner, w.shape[2], bits, tile, 1 if before else slabs, chip)
-    return Plan(chosen, group, before, w.dtype.name if words else "", parts, about.bf16, native)
+    size = bits(w.dtype)
+    chosen = Blocks(*blocks) if blocks else _tuned_blocks(chip, rows, inner, w.shape[2], size, group, tile) if parts == 1 else None
+    chosen = chosen or default_blocks(rows, inner, w.shape[2], size, tile, 1 if before else slabs, chip)
+    return Plan(chosen, group, before, kind if words else "", parts, about.bf16, native)
 
 
 def _tuned_blocks(chip: str, rows: int, inner: int, columns: int, bits: int, group: int, tile: int) -> Blocks | None:
@@ -238,7 +230,7 @@ def vmem_bytes(plan: Plan, x, w, scale, minimum) -> int:
     rows, inner, columns = plan.blocks
     size = 1 if plan.native else 2
     held = (1 if rows == x.shape[0] else 2) * plan.slabs * plan.slab_rows * x.shape[1] * size
-    weights = 2 * inner * columns * (4 if w.dtype == jnp.int4 else 8) // 8
+    weights = 2 * inner * columns * bits(w.dtype) // 8
     scales = 2 * columns * (8 if not plan.group else inner // plan.group) * scale.dtype.itemsize
     least = 0 if minimum is None else 2 * (x.shape[1] // plan.group) * (columns * minimum.dtype.itemsize + rows * 4)
     sums = columns * (rows * 2 * x.dtype.itemsize + 4 * plan.slab_rows + 8 * plan.slabs * plan.slab_rows)
@@ -272,7 +264,7 @@ def _arrange(plan: Plan, x):
         # Not a conversion there and back: XLA may take that for nothing.
         parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
         rest = rest - parts[-1]
-    parts = [part.astype(jnp.bfloat16) * (2.0**60 if plan.words == FP8 else 1) for part in (*parts, rest)]
+    parts = [part.astype(jnp.bfloat16) for part in (*parts, rest)]
     if plan.slabs == 1:
         return reorder(plan.words, parts[0])
     each, blocks = plan.slabs // plan.parts, pl.cdiv(x.shape[0], plan.blocks.rows)
@@ -280,38 +272,6 @@ def _arrange(plan: Plan, x):
     slabs = jnp.stack([jnp.where(number == j, part, 0) for part in parts for j in range(each)])
     padded = jnp.pad(reorder(plan.words, slabs), ((0, 0), (0, blocks * plan.slab_rows - x.shape[0]), (0, 0)))
     return padded.reshape(plan.slabs, blocks, plan.slab_rows, -1).swapaxes(0, 1).reshape(-1, x.shape[1])
-
-
-def reorder(words: str, x):
-    """K of x [..., K], a multiple of 128, in the order that `convert` leaves the rows of weights of type `words` in; "": as it is."""
-    if not words:
-        return x
-    tile = np.arange(64 if words == "int4" else 32)
-    order = tile.reshape(8, 4).T if words == "int8" else tile.reshape(8, 2, -1).transpose(2, 0, 1)
-    move = np.kron(np.eye(LANES // tile.size), np.eye(tile.size)[:, order.reshape(-1)])
-    moved = jnp.dot(x.reshape(-1, LANES), jnp.asarray(move, x.dtype), preferred_element_type=jnp.float32)
-    return moved.astype(x.dtype).reshape(x.shape)
-
-
-def convert(words: str, w):
-    """Weights [n, columns] as bfloat16, exactly. words "": by the compiler. "int8", "int4" (then 136 + w) or "float8_e4m3fn" (then
-    w * 2**-120): their type, by words, n a multiple of the 32 (int4: 64) rows of a tile, which come in the order of the words."""
-    if not words:
-        return w.astype(jnp.bfloat16)
-    held = pltpu.bitcast(w, jnp.int32)
-    columns, right = w.shape[1], lambda array, by: lax.shift_right_logical(array, jnp.int32(by)) if by else array
-    pairs = lambda found: [pltpu.bitcast(pair, jnp.bfloat16).reshape(-1, 16, columns) for pair in found]
-    if words == "int4":
-        pieces = pairs([(right(held, 4 * i) & jnp.int32(0x000F000F)) ^ jnp.int32(0x43084308) for i in range(4)])
-    elif words == FP8:
-        sign, rest = jnp.int32(0x00800080), jnp.int32(0x007F007F)
-        low = ((held & sign) << jnp.int32(8)) | ((held & rest) << jnp.int32(4))
-        high = (held & jnp.int32(-0x7FFF8000)) | right(held & (rest << jnp.int32(8)), 4)
-        pieces = pairs([low, high])
-    else:
-        up = [held << jnp.int32(24 - 8 * i) if i < 3 else held for i in range(4)]
-        pieces = [(byte >> jnp.int32(24)).astype(jnp.float32).reshape(-1, 8, columns) for byte in up]
-    return jnp.stack(pieces, axis=1).reshape(w.shape).astype(jnp.bfloat16)
 
 
 def _scale_row(scale, i: int, kind):
@@ -322,20 +282,20 @@ def _scale_row(scale, i: int, kind):
 
 
 def _scaled(plan: Plan, w, scale, first: int):
-    """Weights [n, columns] times their rows of scales, from row `first`, as bfloat16."""
-    kind, group = jnp.bfloat16 if plan.bf16 else jnp.float32, plan.group
-    pieces = [w[i * group : (i + 1) * group].astype(kind) * _scale_row(scale, first + i, kind) for i in range(w.shape[0] // group)]
-    return jnp.concatenate(pieces, axis=0).astype(jnp.bfloat16)
+    """Weights times their rows of scales, from row `first`, as bfloat16 [n, columns]."""
+    kind = jnp.bfloat16 if plan.bf16 else jnp.float32
+    row = lambda k: _scale_row(scale, first + k // plan.group, kind)
+    return scaled(plan.words, w, plan.group, row, kind).astype(jnp.bfloat16)
 
 
 def _product(plan: Plan, x, w, scale, base):
     """Product of x[:, base:base + inner] and the block of weights: [slab_rows, columns], scaled if by groups."""
-    after, depth, rows = plan.group and not plan.before, plan.depth, plan.slab_rows
+    after, depth, rows, pack = plan.group and not plan.before, plan.depth, plan.slab_rows, packed(w.dtype)
     dot = functools.partial(jnp.dot, preferred_element_type=plan.accumulator)
     slab = lambda sums, i: sums[i * rows : (i + 1) * rows]
     total: Any = 0
     for at in range(0, plan.blocks.inner, depth):
-        left, right = x[:, pl.ds(base + at, depth)], w[0, at : at + depth, :]
+        left, right = x[:, pl.ds(base + at, depth)], w[0, at // pack : (at + depth) // pack, :]
         if plan.native:
             total += dot(left, right)
             continue
@@ -381,7 +341,7 @@ def quantized_matmul_tpu(x, w, scale, minimum, layer, *, quantize_x, chip, block
     plan = make_plan(x, w, scale, quantize_x, chip, blocks)
     need = check_blocks(plan, x, w, scale, minimum, chip)
     (rows, inner), (layers, _, columns) = x.shape, w.shape
-    block = plan.blocks
+    block, pack = plan.blocks, packed(w.dtype)
     left, amount = quantize_rows(x) if quantize_x else (x, None)
     left = left if plan.native else _arrange(plan, left.astype(jnp.bfloat16) if quantize_x else left)
     extra, specs = [], []
@@ -402,7 +362,7 @@ def quantized_matmul_tpu(x, w, scale, minimum, layer, *, quantize_x, chip, block
         grid=(pl.cdiv(rows, block.rows), pl.cdiv(columns, block.columns), inner // block.inner),
         in_specs=[
             pl.BlockSpec((plan.slabs * plan.slab_rows, inner), lambda m, n, k, layer: (m, 0)),
-            of_layer(block.inner),
+            of_layer(block.inner // pack),
             of_layer(block.inner // plan.group) if plan.group else row_spec,
             *specs,
         ],
@@ -411,7 +371,7 @@ def quantized_matmul_tpu(x, w, scale, minimum, layer, *, quantize_x, chip, block
     )
     cost = pl.CostEstimate(
         flops=2 * rows * inner * columns,
-        bytes_accessed=w.size // layers * (4 if w.dtype == jnp.int4 else 8) // 8 + rows * (inner + columns) * x.dtype.itemsize,
+        bytes_accessed=inner * columns * bits(w.dtype) // 8 + rows * (inner + columns) * x.dtype.itemsize,
         transcendentals=0,
     )
     return pl.pallas_call(

@@ -21,9 +21,9 @@ from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 sys.path.append(str(Path(__file__).resolve().parent))
 from cost_flash import flash
 from cost_grouped import gmm
-from cost_quantized import fp8_matmul, int4_matmul, int8_matmul, w8a8_matmul
+from cost_quantized import fp8_matmul, int4_matmul, int8_matmul, mxfp4_matmul, w8a8_matmul
 
-__all__ = ["decode", "flash", "fp8_matmul", "gmm", "int4_matmul", "int8_matmul", "mixed", "prefill", "w8a8_matmul"]
+__all__ = ["decode", "flash", "fp8_matmul", "gmm", "int4_matmul", "int8_matmul", "mixed", "mxfp4_matmul", "prefill", "w8a8_matmul"]
 
 
 def decode(A: Any, B: int = 64, page: int = 128, ctx: int = 2048, H: int = 32, KV: int = 8, HD: int = 128) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from llminfer.target import chip_of
 from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.weight_formats import MXFP4_GROUP, packed
 
 
 def int8_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, group: int = 0, **more: Any):
@@ -24,6 +25,10 @@ def int4_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, g
 
 def fp8_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, **more: Any):
     return matmul(A, M, (L, K, N), jnp.float8_e4m3fn, 0, **more)
+
+
+def mxfp4_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, **more: Any):
+    return matmul(A, M, (L, K, N), jnp.uint8, MXFP4_GROUP, scales="bfloat16", **more)
 
 
 def w8a8_matmul(A: Any, M: int = 8, K: int = 4096, N: int = 14336, L: int = 2, **more: Any):
@@ -44,5 +49,5 @@ def matmul(
         return quantized_matmul(x, w, scale, layer=layer, minimum=least[0] if least else None, chip=chip, blocks=blocks, impl=impl, **how)
 
     scale = A((layers, k // group, n) if group else (layers, n), jnp.dtype(scales))
-    args = [A((M, k), jnp.dtype(x)), A(shape, dtype), scale, A((), jnp.int32), *([scale] if minimum else [])]
+    args = [A((M, k), jnp.dtype(x)), A((layers, k // packed(dtype), n), dtype), scale, A((), jnp.int32), *([scale] if minimum else [])]
     return dict(fn=fn, args=args, donate=(), operands={"quantized_matmul": {0: [layers - 1]}})

@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import Mesh
 
 from llminfer import LLM
-from llminfer.quant import QTensor, Stacked, dequantize, matmul, quantize_int4, quantize_int8, quantizer
+from llminfer.errors import UserError
+from llminfer.quant import QTensor, Stacked, dequantize, matmul, quantize_int4, quantize_int8, quantize_to_mxfp4, quantizer
 from llminfer.target import Target, chip_of
 
 CPU = Target.of("cpu")
@@ -41,6 +42,20 @@ def test_int4_groups_and_error(inner: int, ways: int, group: int) -> None:
     np.testing.assert_array_equal(dequantize(held), dequantize(q))
 
 
+def test_mxfp4_error() -> None:
+    """Within the step of each value, a quarter of it at most (a sixth beyond 6, which is cut); kept in int8 it is the same matrix."""
+    w = np.asarray(random(3, 128, 24))
+    q = quantize_to_mxfp4(jnp.asarray(w))
+    assert q.q.dtype == jnp.uint8 and q.q.shape == (3, 64, 24) and q.scale.dtype == jnp.bfloat16 and q.scale.shape == (3, 4, 24)
+    scale = np.asarray(q.scale.astype(jnp.float32)).repeat(32, axis=1)
+    assert (np.abs(dequantize(q) - w) <= np.maximum(np.abs(w) / 4, scale / 4) * 1.001).all()
+    np.testing.assert_array_equal(dequantize(quantize_to_mxfp4(jnp.asarray(w), whole=True)), dequantize(q))
+    np.testing.assert_array_equal(dequantize(jax.tree.map(np.asarray, q)), dequantize(q))
+    for ways in (1, 4):
+        with pytest.raises(UserError, match=r"quantize='mxfp4'.*48 inputs.*legal: int8"):
+            quantize_to_mxfp4(jnp.ones((48, 8)), ways=ways)
+
+
 def test_int8_error() -> None:
     w = np.asarray(random(128, 48))
     q = quantize_int8(jnp.asarray(w))
@@ -48,7 +63,7 @@ def test_int8_error() -> None:
     assert (np.abs(dequantize(q) - w) <= np.abs(w).max(0) / 254 * 1.001).all()
 
 
-KINDS = ["int8", "int4", "w8a8"]
+KINDS = ["int8", "int4", "mxfp4", "w8a8"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,6 +74,7 @@ def test_product_of_a_stack_and_of_one_matrix(kind: str, target: Target) -> None
         x, w = random(5, inner, seed=1), random(3, inner, 128, seed=2)
         made = quantizer(kind, ("layers", "embed", "mlp"), 1, target)(w)
         assert made.by_token == (kind == "w8a8") and (made.q.dtype == jnp.int4) == (kind == "int4" and target.platform != "cpu")
+        assert (made.q.dtype == jnp.uint8) == (kind == "mxfp4" and target.platform != "cpu")
         full = dequantize(made).astype(np.float64)
         rounded = kind == "w8a8" or (kind == "int8" and target is CPU)
         amount = np.abs(np.asarray(x)).max(1, keepdims=True) / 127
@@ -93,7 +109,11 @@ def logits(model: str, **settings) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("model", "kind", "bound", "other"),
-    [("config:tiny_moe", "int4", 0.3, {"layout": "stacked"}), ("config:tiny", "w8a8", 0.05, {"layout": "stacked", "mesh": "tp=2"})],
+    [
+        ("config:tiny_moe", "int4", 0.3, {"layout": "stacked"}),
+        ("config:tiny_moe", "mxfp4", 0.3, {"layout": "stacked"}),
+        ("config:tiny", "w8a8", 0.05, {"layout": "stacked", "mesh": "tp=2"}),
+    ],
 )
 def test_models_stay_close(model: str, kind: str, bound: float, other: dict) -> None:
     if len(jax.devices()) < 2:

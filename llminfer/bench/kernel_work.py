@@ -65,19 +65,21 @@ CASES = [
         dict(rows=1024, experts=64, inner=2048, columns=1536),
         dict(rows=32, experts=4, inner=128, columns=128),
     ),
-    _quantized("int8", 8, {}, bits=8),
-    _quantized("int4", 8, dict(inner=1024, columns=128), bits=4, group=128),
-    _quantized("w8a8", 8, {}, bits=8, whole=True),
-    _quantized("int8.rows2048", 2048, bits=8),
-    _quantized("int4.rows2048", 2048, bits=4, group=128),
-    _quantized("w8a8.rows2048", 2048, bits=8, whole=True),
+    _quantized("int8", 8, {}),
+    _quantized("int4", 8, dict(inner=1024, columns=128), weights="int4", group=128),
+    _quantized("mxfp4", 8, {}, weights="mxfp4", group=32),
+    _quantized("w8a8", 8, {}, whole=True),
+    _quantized("int8.rows2048", 2048),
+    _quantized("int4.rows2048", 2048, weights="int4", group=128),
+    _quantized("mxfp4.rows2048", 2048, weights="mxfp4", group=32),
+    _quantized("w8a8.rows2048", 2048, whole=True),
 ]
 # Products of models, for the tuner: Llama-3.1-8B's matrices, and those of Qwen3-30B-A3B's attention and experts (8 of 128 for a token).
 MATRICES = {
     **{"llama_qkv": (4096, 6144), "llama_o": (4096, 4096), "llama_up": (4096, 28672), "llama_down": (14336, 4096)},
     **{"qwen_qkv": (2048, 5120), "qwen_o": (4096, 2048)},
 }
-KINDS: dict[str, dict[str, Any]] = {"int8": dict(bits=8), "int4": dict(bits=4, group=128)}
+KINDS: dict[str, dict[str, Any]] = {"int8": {}, "int4": dict(weights="int4", group=128)}
 EXPERTS = {"qwen_up": (2048, 768, "silu"), "qwen_down": (768, 2048, "")}
 MODELS = [
     *[
@@ -180,8 +182,8 @@ def grouped_matmul(chip: str, rows: int, experts: int, inner: int, columns: int,
     return Work(run, [x, w, counts], 2 * rows * inner * halves * columns, moved, key, candidates=candidates)
 
 
-def quantized_matmul(chip: str, rows: int, inner: int, columns: int, bits: int, group: int = 0, whole: bool = False) -> Work:
-    """bfloat16 rows times int8 or int4 weights, with scales of a column, or of a group of `group`; whole: rows are rounded to int8."""
+def quantized_matmul(chip: str, rows: int, inner: int, columns: int, weights: str = "int8", group: int = 0, whole: bool = False) -> Work:
+    """bfloat16 rows times int8, int4 or mxfp4 weights, scales of a column, or of a group of `group`; whole: rows are rounded to int8."""
     import jax
     import jax.numpy as jnp
 
@@ -191,10 +193,12 @@ def quantized_matmul(chip: str, rows: int, inner: int, columns: int, bits: int, 
         sizes = (blocks["rows"], blocks["inner"], blocks["columns"]) if blocks else None
         return op(x, w, scale, layer=0, quantize_x=whole, chip=known(chip), blocks=sizes, impl=impl)
 
-    shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
-    scale = shape(jnp.float32, 1, inner // group, columns) if group else shape(jnp.float32, 1, columns)
-    args = [shape(jnp.bfloat16, rows, inner), shape(jnp.int8 if bits == 8 else jnp.int4, 1, inner, columns), scale]
-    moved = inner * columns * bits / 8 + 4 * math.prod(scale.shape) + 2 * rows * (inner + columns)
+    shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
+    held = "uint8" if weights == "mxfp4" else weights
+    bits, scales = 8 if held == "int8" else 4, "bfloat16" if weights == "mxfp4" else "float32"
+    scale = shape(scales, 1, inner // group, columns) if group else shape(scales, 1, columns)
+    args = [shape("bfloat16", rows, inner), shape(held, 1, inner // (2 if held == "uint8" else 1), columns), scale]
+    moved = inner * columns * bits / 8 + scale.dtype.itemsize * math.prod(scale.shape) + 2 * rows * (inner + columns)
     sizes = [(k, n) for k in (1024, 2048, 4096, inner) if inner % k == 0 for n in (512, 1024, 2048) if n <= columns]
     fits = (lambda size: 2 << 20 <= size * bits // 8 <= 4 << 20) if rows <= 128 else lambda size: size <= 1 << 20
     candidates = [dict(rows=min(rows, 512), inner=k, columns=n) for k, n in dict.fromkeys(sizes) if fits(k * n)]

@@ -2,7 +2,7 @@
 files, so that it is a whole model. Written whole or not at all; see saving.
 
 The Orbax tree is the listed layout of llminfer.params: {"embed": ..., "layers": {"0": {"qkv": ..., ...}, ...}, ...}, a QTensor as
-{"q": int8 or int4, "scale": float32}; a weight that the family does not have is left out. Imports jax and orbax only
+{"q": int8, int4 or uint8, "scale": float32 or bfloat16}; a weight that the family does not have is left out. Imports jax and orbax only
 to read or write weights.
 """
 
@@ -142,9 +142,11 @@ def _shape(leaf: Any) -> tuple[int, ...]:
     if isinstance(leaf, dict):
         if tuple(sorted(leaf)) != QUANTIZED:
             return ()
-        q, scale = tuple(leaf["q"].shape), tuple(leaf["scale"].shape)
+        q, scale = list(leaf["q"].shape), tuple(leaf["scale"].shape)
+        if len(q) > 1 and leaf["q"].dtype == np.uint8:  # MXFP4: two rows in one
+            q[-2] *= 2
         whole = len(q) == len(scale) > 1 and (*scale[:-2], scale[-1]) == (*q[:-2], q[-1]) and scale[-2] and q[-2] % scale[-2] == 0
-        return q if whole else ()
+        return tuple(q) if whole else ()
     return tuple(getattr(leaf, "shape", ()))
 
 

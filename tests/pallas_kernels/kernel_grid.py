@@ -25,7 +25,7 @@ from unittest import mock
 # A callback of the interpreter waits for the device's thread; with only one of them, on one core, for ever.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path[:0] = map(str, Path(__file__).parents[1:3])
 
 import jax
 import jax.numpy as jnp

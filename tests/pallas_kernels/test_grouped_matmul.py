@@ -26,7 +26,7 @@ from pallas_kernels.grouped_matmul import (
     vmem_bytes,
     work_items,
 )
-from pallas_kernels.quantized_matmul import CHIPS
+from pallas_kernels.weight_formats import CHIPS, values
 
 LAYERS, LAYER = 2, 1
 BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
@@ -71,8 +71,9 @@ class Program:
         if self.weight is None:
             w = jnp.asarray(other(rng.standard_normal(shape)), self.dtype)
         else:
-            most = 127 if self.weight == jnp.int8 else 7
+            most = 7 if self.weight == jnp.int4 else 127
             w = jnp.asarray(rng.integers(-most - 1, most + 1, shape), self.weight)
+            w = w[:, :, ::2] if self.weight == jnp.uint8 else w  # MXFP4: two rows in one
             scale = other(rng.uniform(0.5, 2, (LAYERS, self.experts, self.k // (self.group or self.k), self.n)) / most)
             scale = jnp.asarray(scale if self.group else scale[:, :, 0], jnp.float32)
         if self.bias:
@@ -85,7 +86,7 @@ def oracle(program: Program, sizes, x, w, scale, bias):
     wide = lambda array: np.asarray(array.astype(jnp.float32), np.float64)
     out, at = np.zeros((program.rows, program.n)), 0
     for e, size in enumerate(sizes):
-        matrix = wide(w[LAYER, e])
+        matrix = wide(values(w[LAYER, e]))
         if scale is not None:
             matrix = matrix * np.repeat(wide(scale[LAYER, e]).reshape(-1, program.n), program.group or program.k, axis=0)
         if size:
@@ -119,6 +120,10 @@ PROGRAMS = {
     "int8": Program(Blocks(64, 128, 64), rows=64, weight=jnp.int8, dtype=jnp.bfloat16, bias=True, experts=18),
     "int8_groups": Program(Blocks(64, 128, 64), rows=64, k=384, weight=jnp.int8, group=128, dtype=jnp.bfloat16, **WIDE),
     "int4_groups": Program(Blocks(64, 128, 64), rows=64, k=384, weight=jnp.int4, group=32),
+    "mxfp4": Program(
+        Blocks(64, 128, 64), rows=64, k=384, weight=jnp.uint8, group=32, bias=True, n=256, dtype=jnp.bfloat16, activation="clamped"
+    ),
+    "mxfp4_float32": Program(Blocks(64, 128, 64), rows=64, k=128, weight=jnp.uint8, group=32, chip="v6e"),
     "int4": Program(Blocks(64, 128, 64), rows=64, k=384, weight=jnp.int4, dtype=jnp.bfloat16, n=256, activation="gelu"),
     "int4_many": Program(Blocks(96, 128, 32), rows=96, k=384, weight=jnp.int4, group=128, dtype=jnp.bfloat16, experts=1, chip="v6e"),
 }
@@ -137,6 +142,8 @@ CASES = [
     ("int8", (1, 0, 9, 16, 2, *[1] * 11, 17, 3)),
     ("int8_groups", (20, 0, 9, 16, 2)),
     ("int4_groups", (20, 0, 9, 16, 19)),
+    ("mxfp4", (20, 0, 9, 16, 19)),
+    ("mxfp4_float32", (1, 0, 9, 16, 2)),
     ("int4", (64, 0, 0, 0, 0)),
     ("int4", (2, 19, 5, 1, 0)),
     ("int4_many", (95,)),
@@ -153,7 +160,7 @@ def test_kernel_matches_oracle(name, sizes, capfd):
     check_close(program, found, oracle(program, sizes, x, w, scale, bias))
 
 
-@pytest.mark.parametrize("name", ["blocks", "silu", "clamped", "int8", "int4_groups", "int4"])
+@pytest.mark.parametrize("name", ["blocks", "silu", "clamped", "int8", "int4_groups", "int4", "mxfp4"])
 def test_reference_matches_oracle(name):
     program = PROGRAMS[name]
     run = jax.jit(functools.partial(grouped_matmul, activation=program.activation))
@@ -233,7 +240,8 @@ def tuned_shape(rows, experts, inner, columns, halves, chip):
         (dict(dtype=jnp.float16), "x has dtype float16"),
         (dict(sizes=(4,)), r"must be int32 \[3\]"),
         (dict(weight=jnp.int8), "no scale"),
-        (dict(scale=(1, 3, 128)), "must be int8 or int4"),
+        (dict(scale=(1, 3, 128)), "must be int8, int4 or uint8"),
+        (dict(w=(1, 3, 64, 256), weight=jnp.uint8, scale=(1, 3, 2, 256)), "of MXFP4: must be .1, 3, 4, 256"),
         (dict(weight=jnp.int8, scale=(1, 3, 100)), "scale has shape"),
         (dict(weight=jnp.int8, scale=(1, 3, 3, 256)), "scale has shape"),
         (dict(weight=jnp.int8, scale=(1, 3, 8, 256)), "groups of 16 rows"),
@@ -274,7 +282,7 @@ devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).d
 mesh = Mesh(np.array(devices[:1]), ("x",))
 shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 layers, experts, k, n, rows = 4, 128, 2048, 1536, 512
-w = shape(kind, layers, experts, k, n)
+w = shape(kind, layers, experts, k // 2 if kind == "uint8" else k, n)
 scale = None if kind == "bfloat16" else shape("float32", layers, experts, k // group, n) if group else shape("float32", layers, experts, n)
 
 def step(x, w, sizes, scale):
@@ -285,7 +293,7 @@ def step(x, w, sizes, scale):
 with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     args = shape("bfloat16", rows, k), w, shape("int32", experts), scale
     memory = jax.jit(step).lower(*args).compile().memory_analysis()
-bits = dict(bfloat16=16, int8=8, int4=4)[kind]
+bits = dict(bfloat16=16, int8=8, int4=4, uint8=8)[kind]
 assert memory.argument_size_in_bytes <= w.size * bits / 8 * 1.01 + (scale.size * 4 if scale else 0) + (1 << 23), memory
 assert memory.temp_size_in_bytes <= 16 << 20, memory  # no layer's weights (50 MB and more) are copied
 """
@@ -299,6 +307,8 @@ assert memory.temp_size_in_bytes <= 16 << 20, memory  # no layer's weights (50 M
         ("v5e:2x2", "bfloat16", 0, "silu"),
         ("v5p:2x2x1", "int8", 0, ""),
         ("v6e:2x2", "int4", 32, "gelu"),
+        ("v4:2x2x1", "uint8", 32, "clamped"),
+        ("tpu7x:2x2x1", "uint8", 32, "clamped"),
         ("tpu7x:2x2x1", "bfloat16", 0, "clamped"),
     ],
 )

@@ -13,9 +13,10 @@ from tpu_program import run_program
 from pallas_kernels import quantized_matmul as quantized
 from pallas_kernels import tuning
 from pallas_kernels.quantized_matmul import CHIPS, check_blocks, make_plan, quantize_rows, quantized_matmul
+from pallas_kernels.weight_formats import MXFP4_VALUES, mxfp4_values, packed, quantize_mxfp4, values
 
 BOUND = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
-f32, bf16, i8, i4, f8 = jnp.float32, jnp.bfloat16, jnp.int8, jnp.int4, jnp.float8_e4m3fn
+f32, bf16, i8, i4, f8, mx = jnp.float32, jnp.bfloat16, jnp.int8, jnp.int4, jnp.float8_e4m3fn, jnp.uint8
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ CASES = [
     Case(i8, "v5e", group=64, x=f32, minimum=True, scales=bf16),
     Case(i4, "v6e"),
     Case(i4, "v5e", words=True),
-    Case(i4, "v5p", words=True, x=f32, rows=3),
+    Case(i4, "v5p", x=f32, rows=3),
     Case(i4, "v5e", words=True, group=128, rows=17, inner=384),  # a depth that is not a multiple of 256
     Case(i4, "v5e", words=True, group=32, minimum=True, inner=512, columns=256, blocks=(5, 256, 128)),
-    Case(i4, "v4", words=True, group=64, x=f32, rows=20, minimum=True, blocks=(16, 256, 384)),
+    Case(i4, "v4", group=64, x=f32, rows=20, minimum=True, blocks=(16, 256, 384)),
     Case(i4, "tpu7x", group=32, scales=bf16),
     Case(i4, "v5e", group=32, rows=40, before=True, minimum=True),
     Case(i4, "v6e", group=128, rows=49, inner=2048, blocks=(32, 1024, 128), before=True),
@@ -57,6 +58,10 @@ CASES = [
     Case(f8, "tpu7x", single=True),
     Case(f8, "v5e", words=True, scales=bf16, single=True),
     Case(f8, "v6e", x=f32),
+    Case(mx, "v5e", group=32, words=True, scales=bf16),
+    Case(mx, "v4", group=32, words=True, x=f32, rows=3, columns=128),
+    Case(mx, "v6e", group=32, words=True, rows=40, inner=512, scales=bf16, before=True, blocks=(16, 512, 128)),
+    Case(mx, "v5p", group=32, words=True, rows=100, inner=384, columns=128, before=True),
     Case(i8, "v6e", quantize_x=True, rows=33, inner=512, layers=9, blocks=(16, 256, 256)),
     Case(i8, "v5e", quantize_x=True, x=f32, single=True),
     Case(i8, "v4", quantize_x=True, x=f32, words=True),
@@ -69,6 +74,8 @@ def build(case: Case, seed: int):
     shape = (case.layers, case.inner, case.columns)
     if case.weights == f8:
         w = jnp.asarray(rng.standard_normal(shape) * np.exp2(rng.integers(-9, 7, shape)), f8)  # subnormal ones too
+    elif case.weights == mx:
+        w = jnp.asarray(rng.integers(0, 256, (case.layers, case.inner // 2, case.columns)), mx)
     else:
         most = 1 << (3 if case.weights == i4 else 7)
         w = jnp.asarray(rng.integers(-most, most, shape), jnp.int32).astype(case.weights)
@@ -83,7 +90,7 @@ def build(case: Case, seed: int):
 def oracle(case: Case, x, w, scale, minimum):
     """float64, of the last layer."""
     wide = lambda array: np.asarray(array.astype(f32), np.float64)
-    full, s, x = wide(w[-1]), wide(scale[-1]), np.asarray(x.astype(f32))
+    full, s, x = wide(values(w[-1])), wide(scale[-1]), np.asarray(x.astype(f32))
     if case.quantize_x:
         step = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
         x = np.round(x / step).astype(np.float64) * step
@@ -111,6 +118,22 @@ def test_matches_oracle(case, impl):
     assert error <= BOUND[case.x]
 
 
+def test_mxfp4_rounds_to_the_nearest():
+    """All 16 codes, and values between them, whose neighbours are as OCP's tables have them: ties go to the even mantissa."""
+    sizes = sorted(MXFP4_VALUES)
+    ties = {0.25: 0, 0.75: 1, 1.25: 1, 1.75: 2, 2.5: 2, 3.5: 4, 5.0: 4, 6.9: 6}
+    column = np.zeros(32)
+    column[:16], column[16:24], column[24:] = [*sizes, *[-x for x in sizes]], list(ties), [-x for x in ties]
+    w = np.stack([column * 2.0**-9, column * 2.0**20, np.zeros(32)], axis=1)
+    held, scale = quantize_mxfp4(jnp.asarray(w, f32))
+    assert held.shape == (16, 3) and held.dtype == mx and scale.shape == (1, 3) and scale.dtype == bf16
+    assert np.asarray(scale[0, :2], np.float64).tolist() == [2.0**-9, 2.0**20]
+    want = np.concatenate([column[:16], list(ties.values()), [-x for x in ties.values()]])
+    for i in range(2):
+        np.testing.assert_array_equal(np.asarray(mxfp4_values(held))[:, i], want)
+    assert not np.asarray(mxfp4_values(held))[:, 2].any()
+
+
 def test_quantize_rows():
     x = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32) * [[1e-3], [1], [1e4], [0]]
     q, scale = map(np.asarray, quantize_rows(jnp.asarray(x, f32)))
@@ -129,6 +152,8 @@ LEGAL = Case(i4, "v5e", group=32, inner=1024, rows=40)
         (dict(x=jnp.float16), "x has dtype float16"),
         (dict(weights=jnp.int16), "w has dtype int16"),
         (dict(group=16), "for groups of"),
+        (dict(weights=jnp.uint8, group=64), "of MXFP4"),
+        (dict(weights=jnp.uint8, minimum=True), "without a minimum"),
         (dict(scales=jnp.float16), "scale has dtype float16"),
         (dict(group=0, minimum=True), "minimum"),
         (dict(quantize_x=True), "needs int8 and a scale by channel"),
@@ -144,7 +169,11 @@ def test_refuses(change, message):
     case = replace(LEGAL, **change)
     shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype)
     per = (2, case.inner // case.group, case.columns) if case.group else (2, case.columns)
-    x, w, scale = shape((case.rows, case.inner), case.x), shape((2, case.inner, case.columns), case.weights), shape(per, case.scales)
+    x, w, scale = (
+        shape((case.rows, case.inner), case.x),
+        shape((2, case.inner // packed(case.weights), case.columns), case.weights),
+        shape(per, case.scales),
+    )
     static: Any = dict(quantize_x=case.quantize_x, chip=case.chip, blocks=case.blocks, impl="interpret")
     call = lambda x, w, scale, *least: quantized_matmul(x, w, scale, layer=0, minimum=least[0] if least else None, **static)
     with pytest.raises(ValueError, match=message):
@@ -225,7 +254,8 @@ def compile(rows, dtype, group=0, x=jnp.bfloat16, minimum=False, **how):
     least = dict(minimum=jnp.ones(scale.shape, jnp.float32)) if minimum else {}
     call = functools.partial(quantized_matmul, chip=chip, impl="pallas", **how, **least)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(functools.partial(scanned, call)).lower(shape(x, rows, k), shape(dtype, layers, k, n), scale)
+        w = shape(dtype, layers, k // (2 if dtype == jnp.uint8 else 1), n)
+        lowered = jax.jit(functools.partial(scanned, call)).lower(shape(x, rows, k), w, scale)
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
     assert temporary < k * n // 8 + 6 * rows * (k + n), (rows, dtype, group, temporary)
 
@@ -236,6 +266,8 @@ compile(7, i4, group=32)
 compile(100, i4, group=128)
 compile(8, i8, quantize_x=True)
 compile(5, i4, group=64, x=jnp.float32)
+compile(8, jnp.uint8, group=32)
+compile(300, jnp.uint8, group=32)
 if chip in ("v5e", "v6e"):
     compile(520, i4, group=64)
     compile(8, i4, group=32, minimum=True)

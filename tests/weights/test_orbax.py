@@ -20,7 +20,7 @@ import pytest
 from llminfer import params
 from llminfer.config import ModelConfig, Rope, from_toml
 from llminfer.errors import UserError
-from llminfer.quant import QTensor, quantize_int8
+from llminfer.quant import QTensor, quantize_int8, quantize_to_mxfp4
 from llminfer.weights import orbax, saving
 from llminfer.weights.assemble import leaf_shapes, leaves_of, params_of
 
@@ -55,12 +55,13 @@ def test_tree_comes_back_as_it_was(tmp_path) -> None:
     leaves["embed"] = leaves["embed"].astype(BFLOAT16)
     leaves["layers.0.o"] = jnp.asarray(leaves["layers.0.o"], jnp.bfloat16)
     leaves["layers.1.qkv"] = jax.jit(quantize_int8)(leaves["layers.1.qkv"])
+    leaves["layers.2.qkv"] = jax.jit(quantize_to_mxfp4)(leaves["layers.2.qkv"])
     tree = params_of(leaves, RICH)
     orbax.save(tmp_path / "m", leaves_of(tree), RICH)
     found = read(tmp_path / "m")
     assert orbax.read_config(tmp_path / "m") == RICH
     assert list(found) == list(leaf_shapes(RICH)) and all(same(found[name], leaves[name]) for name in leaves)
-    assert all(type(leaf) is np.ndarray for name, leaf in found.items() if name != "layers.1.qkv")
+    assert all(type(leaf) is np.ndarray for name, leaf in found.items() if name not in ("layers.1.qkv", "layers.2.qkv"))
     # Another model takes its place, and a stacked tree is saved as a listed one.
     other = from_toml("tiny_window")
     leaves = random_leaves(other)
