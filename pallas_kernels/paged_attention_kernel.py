@@ -83,7 +83,7 @@ class _StreamSinks(NamedTuple):
 
         def head(h):
             rows = jnp.where(known, self.buf[h].astype(jnp.float32), 0.0).astype(self.buf.dtype)  # zero times NaN must not be
-            softmax.attend(h, self.q[0, h], rows, self._visible(item))
+            softmax.attend(h, _queries(plan, self.q, h), rows, self._visible(item))
 
         _for_heads(plan, plan.heads if plan.decode else 1, head)
 
@@ -96,6 +96,19 @@ class _StreamSinks(NamedTuple):
         token = lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.rows), 1) & (plan.tile - 1)
         key = lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.rows), 0)
         return lambda n: (key < plan.sinks - SUBLANES * n) & (key <= behind + token - SUBLANES * n)
+
+
+def _lanes(width: int, h, n: int = 1):
+    """The lanes of head h, and of n - 1 more, in a row of two dimensions."""
+    return pl.ds(pl.multiple_of(h * width, LANES), n * width)
+
+
+def _queries(plan: Plan, ref, h):
+    """Query rows [rows, width] of key-value head h."""
+    if plan.decode:
+        return ref[0, h]
+    block = ref[:, _lanes(plan.group * plan.width, h)]
+    return jnp.concatenate([block[:, g * plan.width : (g + 1) * plan.width] for g in range(plan.group)], axis=0)
 
 
 def _for_heads(plan: Plan, unrolled: int, body):
@@ -137,10 +150,8 @@ class _Step(NamedTuple):
         pl.when((i > 0) & (s.item_seq[jnp.maximum(i - 1, 0)] == item.seq))(lambda: self.writer.drain(1 - parity))
         first_slot = self.refs.slot[0]
         pl.when(jnp.logical_not(requested_early(plan, s, i, item)))(lambda: self.reader.start(item, item.low // plan.block, first_slot))
-        token = lax.broadcasted_iota(jnp.int32, (1, plan.rows), 1) & (plan.tile - 1)
-        mine = (token >= item.row) & (token < item.row + item.end - item.first)
         self._look(item, following, early, parity)
-        self._finish(item, mine)
+        self._finish(item)
         pl.when(last)(lambda: lax.fori_loop(0, 2, lambda either, _: self.writer.drain(either), None))
 
     def _look(self, item: Item, following: Item, early, parity):
@@ -180,7 +191,7 @@ class _Step(NamedTuple):
             if not whole:
                 clear_unseen_values(plan, item, base, keys, buf, slot)
                 visible = _visible(plan, self.s, item, None, base, keys)
-            _for_heads(plan, plan.heads, lambda h: self.softmax.attend(h, self.refs.q[0, h], buf[slot, h, :keys], visible))
+            _for_heads(plan, plan.heads, lambda h: self.softmax.attend(h, _queries(plan, self.refs.q, h), buf[slot, h, :keys], visible))
 
         whole = self._whole(item, base, plan.block)
         short = item.end - base <= plan.short_block if plan.short_block < plan.block else False
@@ -201,18 +212,24 @@ class _Step(NamedTuple):
             start = base + n * size
             whole = self._whole(item, start, size)
             fresh = start <= last_low  # a row may have seen no key of an earlier piece
-            first_of_all = (b == item.low // plan.block) & (n == first) & (last_low < start + plan.probe)
+            begins = (b == item.low // plan.block) & (n == first)
+            first_of_all = begins & (last_low < start + plan.probe)
             exact = (self.s.exact[0] > 0) | (fresh & jnp.logical_not(first_of_all))
 
             def attend(begin, keys, how, unrolled=1, known=0):  # known: so many keys, from the first on, are seen by every row
                 visible = _visible(plan, self.s, item, tree, base + begin, keys, known) if known < keys else None
                 at = pl.ds(pl.multiple_of(begin, keys), keys)
-                _for_heads(plan, unrolled, lambda h: how(h, self.refs.q[0, h], buf[slot, h, at], visible))
+                _for_heads(plan, unrolled, lambda h: how(h, _queries(plan, self.refs.q, h), buf[slot, h, at], visible))
 
             softmax, narrow, wide = self.softmax, plan.probe, UNROLLED_ROWS // plan.rows
-            go_on, half = functools.partial(softmax.attend, settled=True), size // 2 // SUBLANES * SUBLANES
+            go_on, half = functools.partial(softmax.attend, settled=True, begins=begins), size // 2 // SUBLANES * SUBLANES
             pl.when(exact)(
-                lambda: lax.fori_loop(0, size // narrow, lambda m, _: attend(n * size + m * narrow, narrow, softmax.attend), None)
+                lambda: lax.fori_loop(
+                    0,
+                    size // narrow,
+                    lambda m, _: attend(n * size + m * narrow, narrow, functools.partial(softmax.attend, begins=begins & (m == 0))),
+                    None,
+                )
             )
             pl.when(jnp.logical_not(exact) & fresh)(lambda: attend(n * size, narrow, softmax.probe, wide))
             half_known = self._whole(item, start, half)
@@ -222,26 +239,39 @@ class _Step(NamedTuple):
 
         lax.fori_loop(first, end, piece, None)
 
-    def _finish(self, item: Item, mine):
+    def _finish(self, item: Item):
         plan, out = self.plan, self.refs.out
+        is_mine = lambda token: (token >= item.row) & (token < item.row + item.end - item.first)
+        mine = is_mine(lax.broadcasted_iota(jnp.int32, (1, plan.rows), 1) & (plan.tile - 1))
+        own_rows = is_mine(lax.broadcasted_iota(jnp.int32, (plan.tile, plan.result_width), 0))
 
-        def head(h):
-            result = self.softmax.result(h)
-            if not plan.decode:
-                result = jnp.where(mine, result, out[0, h].astype(jnp.float32))
-            out[0, h] = result.astype(out.dtype)
+        def decoded(h):
+            out[0, h] = self.softmax.result(h).astype(out.dtype)
             if plan.lse:
-                found = self.softmax.lse(h)
-                self.refs.lse[0, h] = found if plan.decode else jnp.where(mine, found, self.refs.lse[0, h])
+                self.refs.lse[0, h] = self.softmax.lse(h)
 
-        _for_heads(plan, plan.heads if plan.decode else 1, head)
-        if not plan.decode:
-            worst = self.softmax.worst[...]
-            worst = jnp.where(mine & (worst > 0), worst, 0.0)  # NaN of one sequence must not hide the excess of another
-            for at in range(0, plan.rows, LANES):
-                part = worst[:, at : at + LANES]
-                lanes = slice(0, part.shape[1])
-                self.refs.excess[0, :, lanes] = jnp.maximum(self.refs.excess[0, :, lanes], part)
+        def tiled(h, whole):
+            found = jnp.pad(self.softmax.result(h), ((0, plan.result_width - plan.head_dim), (0, 0))).astype(out.dtype).T
+            for g in range(plan.group):
+                at, part = _lanes(plan.result_width, h * plan.group + g), found[g * plan.tile : (g + 1) * plan.tile]
+                if not whole:
+                    part = jnp.where(own_rows, part.astype(jnp.float32), out[:, at].astype(jnp.float32)).astype(out.dtype)
+                out[:, at] = part
+            if plan.lse:
+                self.refs.lse[0, h] = jnp.where(mine, self.softmax.lse(h), self.refs.lse[0, h])
+
+        if plan.decode:
+            _for_heads(plan, plan.heads, decoded)
+            return
+        whole, unrolled = (item.row == 0) & (item.end - item.first == plan.tile), UNROLLED_ROWS // plan.rows
+        pl.when(whole)(lambda: _for_heads(plan, unrolled, lambda h: tiled(h, True)))
+        pl.when(jnp.logical_not(whole))(lambda: _for_heads(plan, 1, lambda h: tiled(h, False)))
+        worst = self.softmax.worst[...]
+        worst = jnp.where(mine & (worst > 0), worst, 0.0)  # NaN of one sequence must not hide the excess of another
+        for at in range(0, plan.rows, LANES):
+            part = worst[:, at : at + LANES]
+            lanes = slice(0, part.shape[1])
+            self.refs.excess[0, :, lanes] = jnp.maximum(self.refs.excess[0, :, lanes], part)
 
 
 def _kernel(*refs, plan: Plan):
@@ -282,18 +312,19 @@ def _specs(plan: Plan) -> dict[str, pl.BlockSpec]:
     seq_of = lambda c, i, s: (s.item_seq[i], c, 0, 0)
     spec = lambda shape, index, **how: pl.BlockSpec(shape, lambda c, i, *scalars: index(c, i, Scalars(*scalars)), **how)
     row, decode = plan.row, plan.decode
-    queries = spec((1, plan.heads, plan.rows, plan.width), tile_of)
+    flat = lambda width: spec((plan.tile, plan.heads * width), lambda c, i, s: (s.item_tile[i], c))
+    queries = spec((1, plan.heads, plan.rows, plan.width), tile_of) if decode else flat(plan.group * plan.width)
     blocks = pl.cdiv(plan.pages_per_seq, plan.block_pages)
     return {
         "q": queries,
         "q_sinks": queries,
-        "new": spec((1, 1, plan.heads, row) if decode else (1, plan.heads, plan.tile, row), tile_of),
+        "new": spec((1, 1, plan.heads, row), tile_of) if decode else flat(row),
         "kv": pl.BlockSpec(memory_space=pl.ANY),
         "logits": spec((plan.heads, plan.rows, LANES) if decode else (plan.heads, 1, plan.rows), lambda c, i, s: (c, 0, 0)),
         "tree": spec((1, plan.tree_words + 1, plan.rows), lambda c, i, s: (s.item_tile[i], 0, 0)),
         "ratio": spec((1, 1, plan.heads, row), seq_of),
         "scales": spec((1, 1, blocks, 2 * plan.heads * plan.block_pages), seq_of, memory_space=pltpu.SMEM),
-        "out": spec((1, plan.heads, plan.rows, plan.width) if decode else (1, plan.heads, plan.head_dim, plan.rows), tile_of),
+        "out": queries if decode else flat(plan.group * plan.result_width),
         "kv_out": pl.BlockSpec(memory_space=pl.ANY),
         "excess": spec((1, SUBLANES, LANES), lambda c, i, s: (c, 0, 0)),
         "lse": spec((1, plan.heads, plan.rows, LANES) if decode else (1, plan.heads, 1, plan.rows), tile_of),
@@ -325,13 +356,14 @@ def _scratch(plan: Plan, dtype) -> dict[str, Any]:
 def call_kernel(plan: Plan, arrays: dict[str, Any], s: Scalars, interpret) -> dict[str, Any]:
     """The pallas_call: operands and results by the names of _names."""
     operands, results, scratch = _names(plan)
-    specs, rooms, kv, tiles = _specs(plan), _scratch(plan, arrays["kv"].dtype), arrays["kv"], arrays["q"].shape[0]
-    blocks = lambda name: (specs[name].block_shape or ())[2:]
+    specs, rooms, kv, rows = _specs(plan), _scratch(plan, arrays["kv"].dtype), arrays["kv"], arrays["q"].shape[0]
+    blocks, heads, tiles = lambda name: (specs[name].block_shape or ())[2:], plan.heads * plan.chunks, pl.cdiv(rows, plan.tile)
+    out = arrays["q"].shape if plan.decode else (rows, heads * plan.group * plan.result_width)
     shapes = {
-        "out": ((tiles, plan.heads * plan.chunks, *blocks("out")), arrays["q"].dtype),
+        "out": (out, arrays["q"].dtype),
         "kv_out": (kv.shape, kv.dtype),
         "excess": ((plan.chunks, SUBLANES, LANES), jnp.float32),
-        "lse": ((tiles, plan.heads * plan.chunks, *blocks("lse")), jnp.float32),
+        "lse": ((tiles, heads, *blocks("lse")), jnp.float32),
     }
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(s),

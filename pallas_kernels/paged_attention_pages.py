@@ -125,11 +125,15 @@ class Writer(NamedTuple):
         lax.fori_loop(0, self.pending[parity], lambda j, _: pltpu.make_async_copy(rows, rows, self.sem.at[parity]).wait(), None)
         self.pending[parity] = 0
 
+    def _tile(self, h: int):
+        """Rows [tile, row] of the step's tile of new rows."""
+        return self.new[:, h * self.plan.row : (h + 1) * self.plan.row]
+
     def _new_rows(self, h, shift):
         """New rows of head h in float32, moved so that a row's index is its position modulo the window size."""
         if self.plan.decode:
             return jnp.broadcast_to(self.new[0, 0, pl.ds(h, 1), :].astype(jnp.float32), (self.plan.align, self.plan.row))
-        rows = jnp.pad(self.new[0, h].astype(jnp.float32), ((0, self.plan.align - self.plan.tile), (0, 0)))
+        rows = jnp.pad(self._tile(h).astype(jnp.float32), ((0, self.plan.align - self.plan.tile), (0, 0)))
         return pltpu.roll(rows, shift, 0)
 
     def patch(self, item: Item, b, slot, parity):
@@ -154,7 +158,7 @@ class Writer(NamedTuple):
 
         def copy():
             for h in range(plan.heads):
-                put(h, self.new[0, h])
+                put(h, self._tile(h))
 
         def merge():
             for h in range(plan.heads):

@@ -72,8 +72,13 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """Lanes of a query row, and of an output row of decode."""
+        """Lanes of a row of a query head."""
         return self.head_dim if self.split else self.row
+
+    @property
+    def result_width(self) -> int:
+        """Lanes of an output row of a query head."""
+        return self.width if self.decode else pl.cdiv(self.head_dim, LANES) * LANES
 
     @property
     def value_lane(self) -> int:
@@ -97,7 +102,7 @@ class Plan:
 
 def work_items(plan: Plan, rows: int, q_start, q_len):
     """Overlaps of tiles and sequences, ordered by row: (item_seq, item_tile, item_count). Dense comparisons: no sort, no scatter."""
-    tiles, seqs = rows // plan.tile, q_start.shape[0]
+    tiles, seqs = pl.cdiv(rows, plan.tile), q_start.shape[0]
     size = min(seqs, rows) if plan.tile == 1 else min(tiles + seqs, rows)
     first_tile = q_start // plan.tile
     count = jnp.where(q_len > 0, (q_start + q_len - 1) // plan.tile - first_tile + 1, 0)
@@ -117,7 +122,7 @@ def make_plan(q, kv, pages_per_seq: int, q_max: int, softcap: float | None, sink
         tile, rows, align, unit = 1, pl.cdiv(group, 8) * 8, math.lcm(32 // size, page if size == 1 else 1), page
         chunks = [heads]
     else:
-        tile = max(16, min(TILE_TOKENS, pl.next_power_of_2(q_max), 1 << (TILE_ROWS // group).bit_length() - 1))
+        tile = max(32 // size, 16, min(TILE_TOKENS, pl.next_power_of_2(q_max), 1 << (TILE_ROWS // group).bit_length() - 1))
         while page % tile and tile % page:
             tile //= 2
         rows, align, unit = tile * group, math.lcm(tile, page) if size == 1 else tile, math.lcm(page, LANES)
@@ -149,8 +154,8 @@ def vmem_bytes(plan: Plan, kv_size: int) -> int:
         cache += plan.row * plan.heads * plan.block * compute
     queries = 2 if plan.sinks == 0 else 4  # tiles in flight: of queries and of the sinks', each twice
     stats = 2 * LANES if plan.decode else 2 * 8
-    result = plan.width if plan.decode else plan.head_dim
-    tile = plan.heads * plan.rows * ((plan.width * queries + 2 * result) * compute + 4 * result + stats * 4)
+    sums = plan.width if plan.decode else plan.head_dim
+    tile = plan.heads * plan.rows * ((plan.width * queries + 2 * plan.result_width) * compute + 4 * sums + stats * 4)
     scores = 4 * 128 * plan.block * 4 if plan.decode else (2 * compute - 1) * plan.rows * plan.piece
     return cache + tile + scores
 

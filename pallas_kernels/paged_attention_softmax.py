@@ -107,7 +107,7 @@ class Columns(NamedTuple):
 
     def reset(self, logits):
         """logits: None, or [heads, 1, rows] of one more key without a value, as exponents of 2."""
-        self.acc[...], self.worst[...] = jnp.zeros_like(self.acc), jnp.zeros_like(self.worst)
+        self.worst[...] = jnp.zeros_like(self.worst)
         if logits is None:
             self.total[...], self.top[...] = jnp.zeros_like(self.total), jnp.full_like(self.top, MASKED)
         else:
@@ -130,21 +130,22 @@ class Columns(NamedTuple):
         _, shrink = self._raise(h, _masked(visible, self._scores(q, kv)))
         self.total[h] *= shrink
 
-    def attend(self, h, q, kv, visible, settled=False):
+    def attend(self, h, q, kv, visible, settled=False, begins=False):
         """One step: rows q [rows, width] of head h against keys and values kv [keys, row]. visible: None where every row sees all,
         or a function of n giving the mask [SUBLANES, rows] of keys 8 * n .. 8 * n + 7, or None. settled: every row has a reference, which
         stays."""
         plan, acc, total, worst = self.plan, self.acc, self.total, self.worst
+        so_far = jnp.where(begins, 0.0, acc[h])
         parts = self._scores(q, kv)
         if settled:
             over = _masked(visible, [part - self.top[h] for part in parts])
             worst[...] = functools.reduce(jnp.maximum, over, worst[...])
-            old_total, old_acc = total[h], acc[h]
+            old_total, old_acc = total[h], so_far
         else:
             parts = _masked(visible, parts)
             top, shrink = self._raise(h, parts)
             over = [part - top for part in parts]
-            old_total, old_acc = total[h] * shrink, acc[h] * shrink[:1]
+            old_total, old_acc = total[h] * shrink, so_far * shrink[:1]
         weights = [jnp.exp2(part) for part in over]
         total[h] = old_total + functools.reduce(jnp.add, weights)
         values = kv[:, plan.value_lane :].astype(plan.compute).T

@@ -1,4 +1,5 @@
-"""Rows of the TPU's paged attention laid out in the tiles that its steps work on, and back."""
+"""Rows of the TPU's paged attention as its kernels take them, and back. Decode works on [rows, heads, ...]; a tile of queries is cut out of
+an array of two dimensions, tokens and the lanes of all heads, as a projection leaves it: nothing changes places in HBM."""
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -8,34 +9,32 @@ from pallas_kernels.paged_attention import tree_depth
 from pallas_kernels.paged_attention_plan import LANES, Plan
 
 
+def _flat(plan: Plan, x):
+    """x [T, heads, lanes] as [T, heads * lanes], one tile of rows at least."""
+    return jnp.pad(x.reshape(x.shape[0], -1), ((0, max(plan.tile - x.shape[0], 0)), (0, 0)))
+
+
 def to_tiles(plan: Plan, q):
-    """q [T, Hq, D] to [tiles, Hkv, rows, width]."""
+    """q [T, Hq, D] to [T, Hq * width]; for decode to [T, Hkv, rows, width]."""
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.width - plan.head_dim)))
-    heads = plan.heads * plan.chunks
-    if plan.decode:
-        q = q.reshape(q.shape[0], heads, plan.group, plan.width)
-        return jnp.pad(q, ((0, 0), (0, 0), (0, plan.rows - plan.group), (0, 0)))
-    q = jnp.pad(q, ((0, -q.shape[0] % plan.tile), (0, 0), (0, 0)))
-    q = q.reshape(-1, plan.tile, heads, plan.group, plan.width).transpose(0, 2, 3, 1, 4)
-    return q.reshape(-1, heads, plan.rows, plan.width)
+    if not plan.decode:
+        return _flat(plan, q)
+    q = q.reshape(q.shape[0], plan.heads * plan.chunks, plan.group, plan.width)
+    return jnp.pad(q, ((0, 0), (0, 0), (0, plan.rows - plan.group), (0, 0)))
 
 
 def new_to_tiles(plan: Plan, new):
-    """New rows of the cache [T, Hkv, 2D] to [tiles, Hkv, tile, row]; for decode to [T, chunks, heads, row]."""
+    """New rows of the cache [T, Hkv, 2D] to [T, Hkv * row]; for decode to [T, chunks, heads, row]."""
     new = jnp.pad(new, ((0, 0), (0, 0), (0, plan.row - new.shape[-1])))
-    if plan.decode:
-        return new.reshape(new.shape[0], plan.chunks, plan.heads, new.shape[-1])
-    new = jnp.pad(new, ((0, -new.shape[0] % plan.tile), (0, 0), (0, 0)))
-    return new.reshape(-1, plan.tile, plan.heads * plan.chunks, plan.row).transpose(0, 2, 1, 3)
+    return new.reshape(new.shape[0], plan.chunks, plan.heads, new.shape[-1]) if plan.decode else _flat(plan, new)
 
 
 def from_tiles(plan: Plan, out, t: int):
-    """The output, [tiles, Hkv, rows, width] for decode and [tiles, Hkv, D, rows] otherwise, as [T, Hq, D]."""
-    heads = plan.heads * plan.chunks
+    """The output, [T, Hq * result_width] or for decode [T, Hkv, rows, width], as [T, Hq, D]."""
+    heads = plan.heads * plan.chunks * plan.group
     if plan.decode:
-        return out[:, :, : plan.group, plan.first_value : plan.first_value + plan.head_dim].reshape(t, heads * plan.group, plan.head_dim)
-    out = out.reshape(-1, heads, plan.head_dim, plan.group, plan.tile).transpose(0, 4, 1, 3, 2)
-    return out.reshape(-1, heads * plan.group, plan.head_dim)[:t]
+        return out[:, :, : plan.group, plan.first_value : plan.first_value + plan.head_dim].reshape(t, heads, plan.head_dim)
+    return out[:t].reshape(t, heads, plan.result_width)[:, :, : plan.head_dim]
 
 
 def lse_from_tiles(plan: Plan, lse, t: int):

@@ -59,36 +59,32 @@ class _Rows(NamedTuple):
     def run(self, plan: Plan, kv, length, begin: Any = 0, end: Any = None) -> tuple[Any, Any, Any]:
         """The sequences that bring length [R] rows, of their positions begin .. end-1: (out [T, Hq, D], kv, lse [T, Hq])."""
         q_start, kv_len, table = self.where["q_start"], self.where["kv_len"], self.where["page_table"]
-        # The first sequence of several rows begins a tile; one that crosses into a tile costs that tile once more.
-        shift = 0 if plan.decode else jnp.min(jnp.where(length > 0, q_start, self.q.shape[0]))
-        turned = lambda x, by: x if plan.decode else jnp.roll(x, by, axis=0)
         factor = self.scale * LOG2E if plan.softcap is None else self.scale / plan.softcap
-        tiles = lambda x: to_tiles(plan, turned((x.astype(jnp.float32) * factor).astype(plan.compute), -shift))
-        arrays = {"q": tiles(self.q), "new": new_to_tiles(plan, turned(self.new, -shift))}
+        tiles = lambda x: to_tiles(plan, (x.astype(jnp.float32) * factor).astype(plan.compute))
+        arrays = {"q": tiles(self.q), "new": new_to_tiles(plan, self.new)}
         if plan.sinks:
             arrays["q_sinks"] = tiles(self.q_sinks)
         if plan.logits:
             arrays["logits"] = logits_to_tiles(plan, self.sink_logits.astype(jnp.float32) * LOG2E)
         if plan.tree_words:
-            arrays["tree"] = tree_to_tiles(plan, turned(self.tree, -shift))
+            arrays["tree"] = tree_to_tiles(plan, self.tree)
         if plan.quantized:
             low = jnp.where(self.window > 0, kv_len - length - self.window + 1, 0)
             arrays |= scale_operands(plan, self.kv_scale[self.layer], self.ratio, table, low, kv_len)
         one, all_of = lambda x: jnp.asarray(x, jnp.int32).reshape(1), lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), kv_len.shape)
         grown = all_of(0) if self.ratio is None else (self.ratio < 1).any(1).astype(jnp.int32)
-        lists = (table.reshape(-1), q_start - shift, length, kv_len, all_of(begin), kv_len if end is None else end, grown)
-        items = work_items(plan, arrays["q"].shape[0] * plan.tile, q_start - shift, length)
+        lists = (table.reshape(-1), q_start, length, kv_len, all_of(begin), kv_len if end is None else end, grown)
+        items = work_items(plan, arrays["q"].shape[0], q_start, length)
         call = lambda kv, turn: call_kernel(
             plan, arrays | {"kv": kv}, Scalars(one(self.layer), one(self.window), one(turn), *lists, *items), self.interpret
         )
         found = call(kv, 0) if plan.decode else _until_exact(call, kv)
-        out, lse = from_tiles(plan, found["out"], self.q.shape[0]), None
-        if plan.lse:
-            lse = turned(lse_from_tiles(plan, found["lse"], self.q.shape[0]), shift)
-        return turned(out, shift).astype(self.q.dtype), found["kv_out"], lse
+        lse = lse_from_tiles(plan, found["lse"], self.q.shape[0]) if plan.lse else None
+        return from_tiles(plan, found["out"], self.q.shape[0]).astype(self.q.dtype), found["kv_out"], lse
 
-    def run_split(self, plan: Plan, kv, length, splits: int) -> tuple[Any, Any, Any]:
-        """As run, for decode: each context in `splits` parts, each as a sequence of its own, merged by their sums."""
+    def run_alone(self, plan: Plan, kv, length, splits: int) -> tuple[Any, Any, Any]:
+        """As run, for decode, of the sequences' own rows only: out [R, Hq, D] and lse [R, Hq]. Each context in `splits` parts, each as
+        a sequence of its own, merged by their sums."""
         kv_len, q_start, seqs = self.where["kv_len"], self.where["q_start"], length.shape[0]
         part, of = jnp.arange(seqs * splits, dtype=jnp.int32) % splits, jnp.arange(seqs * splits, dtype=jnp.int32) // splits
         size = pl.cdiv(pl.cdiv(kv_len, splits), plan.block) * plan.block
@@ -99,14 +95,15 @@ class _Rows(NamedTuple):
         where = dict(
             page_table=self.where["page_table"][of], q_start=jnp.arange(seqs * splits, dtype=jnp.int32), q_len=mine, kv_len=kv_len[of]
         )
-        parts = self._replace(q=self.q[row], new=self.new[row], where=where, ratio=None if self.ratio is None else self.ratio[of])
+        q_sinks, ratio = None if self.q_sinks is None else self.q_sinks[row], None if self.ratio is None else self.ratio[of]
+        parts = self._replace(q=self.q[row], new=self.new[row], where=where, q_sinks=q_sinks, ratio=ratio)
         out, kv, lse = parts.run(plan, kv, mine, begin, end)
+        if splits == 1:
+            return out, kv, lse
         lse = jnp.where(mine[:, None] > 0, lse, -jnp.inf).reshape(seqs, splits, -1)
         out = jnp.where(mine[:, None, None] > 0, out, 0).reshape(seqs, splits, *out.shape[1:])
         out, lse = merge_parts(out, lse, axis=1)
-        at = jnp.where(length > 0, q_start, self.q.shape[0])
-        spread = lambda x: jnp.zeros((self.q.shape[0], *x.shape[1:]), x.dtype).at[at].set(x, mode="drop")
-        return spread(out), kv, spread(lse)
+        return out, kv, lse
 
 
 def merge_parts(out, lse, axis: int):
@@ -173,16 +170,21 @@ def paged_attention_tpu(
     given = _Rows(q, new, rows, layer, window, scale, q_sinks, sink_logits, tree, kv_scale, ratio, interpret)
     out: Any = jnp.zeros_like(q)
     lse, row = jnp.full(q.shape[:2], -jnp.inf), jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
-    for most in (1,) if q_max == 1 else (1, q_max):
+    for most in (1,) if q_max == 1 else (q_max, 1):
         decode = most == 1
         plan = make_plan(q, kv, page_table.shape[1], most, softcap, sinks)
         words = 0 if tree is None or decode else tree.shape[1]
-        split = decode and kv_splits > 1
-        plan = dataclasses.replace(plan, tree_words=words, logits=sink_logits is not None, lse=with_lse or split)
+        splits = kv_splits if decode else 1
+        plan = dataclasses.replace(plan, tree_words=words, logits=sink_logits is not None, lse=with_lse or splits > 1)
         length = jnp.where((rows["q_len"] == 1) == decode, rows["q_len"], 0)
-        part, kv, part_lse = given.run_split(plan, kv, length, kv_splits) if split else given.run(plan, kv, length)
+        if decode and (splits > 1 or q.shape[0] > length.shape[0]):
+            part, kv, part_lse = given.run_alone(plan, kv, length, splits)
+            at = jnp.where(length > 0, q_start, q.shape[0])
+            out = out.at[at].set(part, mode="drop")
+            lse = lse.at[at].set(part_lse, mode="drop") if with_lse else lse
+            continue
+        part, kv, part_lse = given.run(plan, kv, length)
         owned = jnp.any((row >= q_start) & (row < q_start + length), axis=1)[:, None]
         out = jnp.where(owned[..., None], part, out)
-        if with_lse:
-            lse = jnp.where(owned, part_lse, lse)
+        lse = jnp.where(owned, part_lse, lse) if with_lse else lse
     return out, kv, kv_scale, lse if with_lse else None

@@ -39,8 +39,8 @@ def prefill(A: Any, B: int = 8, T: int = 2048, page: int = 128, ctx: int = 2048,
 def mixed(
     A: Any, B: int = 64, T: int = 2048, some: int = 8, page: int = 128, ctx: int = 2048, H: int = 32, KV: int = 8, HD: int = 128
 ) -> dict[str, Any]:
-    """B sequences, of which the last `some` have T / some new tokens each, and the others one."""
-    return attention(A, [1] * (B - some) + [T // some] * some, page, ctx, H, KV, HD)
+    """B sequences, of which the first `some` have T / some new tokens each, and the others one."""
+    return attention(A, [T // some] * some + [1] * (B - some), page, ctx, H, KV, HD)
 
 
 def attention(A: Any, new: list[int], page: int, ctx: int, H: int, KV: int, HD: int) -> dict[str, Any]:
@@ -62,10 +62,10 @@ def attention(A: Any, new: list[int], page: int, ctx: int, H: int, KV: int, HD: 
             continue
         plan = make_plan(q, kv, pages, bound, None, 0)
         own = np.where(mine, length, 0)
-        shift = 0 if plan.decode else min(start[own > 0])
-        padded = -(-rows // plan.tile) * plan.tile
-        items = work_items(plan, padded, jnp.asarray(start - shift, i32), jnp.asarray(own, i32))
-        values = ([0], [0], [0], table, start - shift, own, total, np.zeros(seqs), total, np.zeros(seqs), *map(np.asarray, items))
+        alone = plan.decode and rows > seqs  # decode beside chunks: of the sequences' own rows only
+        at = np.arange(seqs) if alone else start
+        items = work_items(plan, seqs if alone else rows, jnp.asarray(at, i32), jnp.asarray(own, i32))
+        values = ([0], [0], [0], table, at, own, total, np.zeros(seqs), total, np.zeros(seqs), *map(np.asarray, items))
         operands[name] = dict(enumerate(values))
     args = [q, *[A((rows, KV, HD))] * 2, kv, A((), i32), A((), i32), A((seqs, pages), i32), *[A((seqs,), i32)] * 3]
     return dict(fn=fn, args=args, donate=(3,), operands=operands)
