@@ -59,13 +59,14 @@ class BatchShape:
 
 
 def pack(items: Sequence[Item], shape: BatchShape) -> Batch:
-    """The NumPy Batch of a plan's items; rows beyond them belong to nobody. Device memory is not touched."""
+    """The NumPy Batch of a plan's items; rows beyond them belong to nobody. Tokens of chunks come before single ones, so that the first
+    chunk begins a kernel's tile. Device memory is not touched."""
     ints = {name: np.zeros(shape.rows, np.int32) for name in ("q_start", "q_len", "kv_len", "slots", "draws")}
     tokens, positions, reach = (np.zeros(shape.tokens, np.int32) for _ in range(3))
     tables = tuple(np.zeros((shape.rows, shape.pages), np.int32) for _ in range(shape.groups))
     sampling = no_sampling(shape.rows)
     at = 0
-    for row, item in enumerate(items):
+    for row, item in sorted(enumerate(items), key=lambda numbered: numbered[1].count == 1):
         seq, end = item.seq, item.start + item.count
         known = seq.slice(item.start, end)
         tokens[at : at + item.count] = -1  # what is drawn already, and not read

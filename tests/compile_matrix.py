@@ -3,8 +3,8 @@
     python tests/compile_matrix.py [--chips v4 v5e ...] [--models llama3_8b ...] [--quantize none int4 ...] [--kinds decode mixed] [--once]
 
 Needs libtpu (the extra tpu). For each program: temporaries with P pages, what they grow by with 2 * P in hundredths of what the cache grows
-(under 1 is asked for), and how much of the cache is updated in place; temporaries under half of one
-layer's weights and three times the logits. Exit code 1 where something does not compile or is not as asked for.
+(under 1 is asked for), and how much of the cache is updated in place; large temporaries are those over half of one layer's weights and
+three times the logits. Exit code 1 where something does not compile or is not as asked for.
 """
 
 from __future__ import annotations
@@ -77,15 +77,13 @@ def row(chip: str, model: str, quantize: str | None, kind: str, once: bool) -> t
     except Exception as error:
         return False, f"{name} FAILED {type(error).__name__}: {' '.join(str(error).split())[:600]}"
     growth = 100 * (large.temporaries - small.temporaries) / small.cache
-    good = (
-        growth < 1
-        and small.temporaries < small.layer / 2 + 3 * small.logits
-        and small.aliased >= small.cache
-        and large.aliased >= large.cache
-    )
+    good = growth < 1 and small.aliased >= small.cache and large.aliased >= large.cache
+    note = "" if good else "  NOT AS ASKED FOR"
+    if small.temporaries > small.layer / 2 + 3 * small.logits:
+        note += "  large temporaries"
     sizes = f"{small.temporaries / 1e6:8.2f} {large.temporaries / 1e6:8.2f} {small.layer / 1e6:8.1f} {small.cache / 1e6:8.1f}"
     shares = f"{growth:7.3f} {small.aliased / small.cache:8.3f} {large.aliased / large.cache:8.3f}"
-    return good, f"{name} {sizes} {shares} {time.perf_counter() - start:6.1f}{'' if good else '  NOT AS ASKED FOR'}"
+    return good, f"{name} {sizes} {shares} {time.perf_counter() - start:6.1f}{note}"
 
 
 def main() -> int:
