@@ -56,6 +56,20 @@ class _Rows(NamedTuple):
     ratio: Any
     interpret: Any
 
+    def attend(self, plan: Plan, kv, length, splits: int, out, lse) -> tuple[Any, Any, Any]:
+        """The sequences that bring length [R] rows: (out, kv, lse) with their rows in out [T, Hq, D] and lse [T, Hq]."""
+        tokens, start = self.q.shape[0], self.where["q_start"]
+        if plan.decode and (splits > 1 or tokens > length.shape[0]):
+            part, kv, part_lse = self.run_alone(plan, kv, length, splits)
+            at = jnp.where(length > 0, start, tokens)
+            merged = lambda new, old: old.at[at].set(new, mode="drop")
+        else:
+            part, kv, part_lse = self.run(plan, kv, length)
+            row = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+            owned = jnp.any((row >= start) & (row < start + length), axis=1)[:, None]
+            merged = lambda new, old: jnp.where(owned if old.ndim == 2 else owned[..., None], new, old)
+        return merged(part, out), kv, merged(part_lse, lse) if plan.lse else lse
+
     def run(self, plan: Plan, kv, length, begin: Any = 0, end: Any = None) -> tuple[Any, Any, Any]:
         """The sequences that bring length [R] rows, of their positions begin .. end-1: (out [T, Hq, D], kv, lse [T, Hq])."""
         q_start, kv_len, table = self.where["q_start"], self.where["kv_len"], self.where["page_table"]
@@ -169,22 +183,12 @@ def paged_attention_tpu(
     window = jnp.asarray(window, jnp.int32)
     given = _Rows(q, new, rows, layer, window, scale, q_sinks, sink_logits, tree, kv_scale, ratio, interpret)
     out: Any = jnp.zeros_like(q)
-    lse, row = jnp.full(q.shape[:2], -jnp.inf), jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
+    lse = jnp.full(q.shape[:2], -jnp.inf)
     for most in (1,) if q_max == 1 else (q_max, 1):
         decode = most == 1
+        splits, words = (kv_splits, 0) if decode or tree is None else (1, tree.shape[1])
         plan = make_plan(q, kv, page_table.shape[1], most, softcap, sinks)
-        words = 0 if tree is None or decode else tree.shape[1]
-        splits = kv_splits if decode else 1
-        plan = dataclasses.replace(plan, tree_words=words, logits=sink_logits is not None, lse=with_lse or splits > 1)
+        plan = dataclasses.replace(plan, tree_words=words, logits=sink_logits is not None, lse=with_lse or (decode and splits > 1))
         length = jnp.where((rows["q_len"] == 1) == decode, rows["q_len"], 0)
-        if decode and (splits > 1 or q.shape[0] > length.shape[0]):
-            part, kv, part_lse = given.run_alone(plan, kv, length, splits)
-            at = jnp.where(length > 0, q_start, q.shape[0])
-            out = out.at[at].set(part, mode="drop")
-            lse = lse.at[at].set(part_lse, mode="drop") if with_lse else lse
-            continue
-        part, kv, part_lse = given.run(plan, kv, length)
-        owned = jnp.any((row >= q_start) & (row < q_start + length), axis=1)[:, None]
-        out = jnp.where(owned[..., None], part, out)
-        lse = jnp.where(owned, part_lse, lse) if with_lse else lse
+        out, kv, lse = given.attend(plan, kv, length, splits, out, lse)
     return out, kv, kv_scale, lse if with_lse else None

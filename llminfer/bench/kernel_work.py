@@ -57,7 +57,7 @@ CASES = [
     _paged("decode.context32768", 16 * [1], context=32768),
     _paged("decode.int8", 64 * [1], dict(new=[1, 1], context=70, cache="int8"), cache="int8"),
     _paged("prefill", 8 * [256], dict(new=[24], context=40)),
-    _paged("mixed", 56 * [1] + 8 * [256], dict(new=[1, 20], context=40)),
+    _paged("mixed", 8 * [256] + 56 * [1], dict(new=[20, 1], context=40)),  # as a batch is packed
     Case("flash_attention", "flash_attention", dict(batch=1, tokens=4096, **LLAMA), dict(batch=1, tokens=140, **SMALL)),
     Case(
         "grouped_matmul",
