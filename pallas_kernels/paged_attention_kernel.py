@@ -98,9 +98,9 @@ class _StreamSinks(NamedTuple):
         return lambda n: (key < plan.sinks - SUBLANES * n) & (key <= behind + token - SUBLANES * n)
 
 
-def _lanes(width: int, h, n: int = 1):
-    """The lanes of head h, and of n - 1 more, in a row of two dimensions."""
-    return pl.ds(pl.multiple_of(h * width, LANES), n * width)
+def _lanes(width: int, h):
+    """The lanes of head h in a row of two dimensions."""
+    return pl.ds(pl.multiple_of(h * width, LANES), width)
 
 
 def _queries(plan: Plan, ref, h):

@@ -40,6 +40,7 @@ from pallas_kernels.weight_formats import (
     MAGIC,
     MXFP4,
     MXFP4_GROUP,
+    bfloat16_parts,
     bits,
     convert,
     packed,
@@ -259,12 +260,7 @@ def check_blocks(plan: Plan, x, w, scale, minimum, chip: str) -> int:
 
 def _arrange(plan: Plan, x):
     """x as the kernel wants it, [row blocks * slabs * slab_rows, K] bfloat16: in parts, in slabs, K in the order of the words."""
-    parts, rest = [], x
-    for _ in range(plan.parts - 1):
-        # Not a conversion there and back: XLA may take that for nothing.
-        parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
-        rest = rest - parts[-1]
-    parts = [part.astype(jnp.bfloat16) for part in (*parts, rest)]
+    parts = bfloat16_parts(x, plan.parts)
     if plan.slabs == 1:
         return reorder(plan.words, parts[0])
     each, blocks = plan.slabs // plan.parts, pl.cdiv(x.shape[0], plan.blocks.rows)

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.quantized_matmul import by_group, quantize_rows
-from pallas_kernels.weight_formats import GROUPS, LANES, mxfp4_values
+from pallas_kernels.weight_formats import GROUPS, LANES, bfloat16_parts, mxfp4_values
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 load = plgpu.load
@@ -83,7 +83,7 @@ def quantized_matmul_gpu(
         pick = lambda a: a[layer] if isinstance(layer, int) else lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)
         y = _by_xla(x, pick(w), pick(scale), kind, group, quantize_x)
     else:
-        left = _parts(x) if parts > 1 else x
+        left = jnp.concatenate(bfloat16_parts(x, parts)) if parts > 1 else x
         tiles = _legal(tiles or _guess(left.shape[0], x.shape[1], w.shape[1], kind), kind, group, x.shape[1], w.shape[1], exact=parts > 1)
         sums = run(left, w, scale, tiles, kind=kind, layer=layer, out=f32 if parts > 1 else None, interpret=interpret)
         y = functools.reduce(jnp.add, list(sums))  # as so many additions, which XLA makes part of what comes next
@@ -143,15 +143,6 @@ def _by_xla(x, w, scale, kind, group, quantize_x):
     precision = lax.Precision.HIGHEST if x.dtype == f32 else None
     y = lax.dot_general(rows, w.astype(x.dtype), dims, precision=precision, preferred_element_type=f32)
     return (y if group else y * scale)[:many].astype(x.dtype)
-
-
-def _parts(x):
-    """float32 [M, K] as three bfloat16 below each other, which add up to it."""
-    parts, rest = [], x
-    for _ in range(2):
-        parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
-        rest = rest - parts[-1]
-    return jnp.concatenate([part.astype(bf16) for part in (*parts, rest)])
 
 
 def _guess(many, inner, columns, kind) -> Tiles:

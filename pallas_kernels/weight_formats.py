@@ -64,6 +64,16 @@ def bits(dtype: Any) -> int:
     return 4 if dtype in (jnp.int4, jnp.uint8) else 8 * jnp.dtype(dtype).itemsize
 
 
+def bfloat16_parts(x, count: int) -> list[Any]:
+    """x as `count` bfloat16 arrays that add up to it: three of a float32 give it exactly."""
+    parts, rest = [], x
+    for _ in range(count - 1):
+        # Not a conversion there and back: XLA may take that for nothing.
+        parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
+        rest = rest - parts[-1]
+    return [part.astype(jnp.bfloat16) for part in (*parts, rest)]
+
+
 def quantize_mxfp4(w):
     """Rounds w [..., K, N] to (uint8 [..., K / 2, N], bfloat16 [..., K / 32, N]), to the nearest value, halfway to the even code. The
     largest magnitude of a group has the scale that leaves it in 4..8; what is beyond 6 becomes 6 (OCP 1.0, section 6.3)."""

@@ -187,6 +187,7 @@ def quantized_matmul(chip: str, rows: int, inner: int, columns: int, weights: st
     import jax
     import jax.numpy as jnp
 
+    from pallas_kernels import weight_formats
     from pallas_kernels.quantized_matmul import quantized_matmul as op
 
     def run(impl, blocks, x, w, scale):
@@ -194,10 +195,10 @@ def quantized_matmul(chip: str, rows: int, inner: int, columns: int, weights: st
         return op(x, w, scale, layer=0, quantize_x=whole, chip=known(chip), blocks=sizes, impl=impl)
 
     shape = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
-    held = "uint8" if weights == "mxfp4" else weights
-    bits, scales = 8 if held == "int8" else 4, "bfloat16" if weights == "mxfp4" else "float32"
+    held, scales = (jnp.dtype("uint8"), "bfloat16") if weights == "mxfp4" else (jnp.dtype(weights), "float32")
+    bits = weight_formats.bits(held)
     scale = shape(scales, 1, inner // group, columns) if group else shape(scales, 1, columns)
-    args = [shape("bfloat16", rows, inner), shape(held, 1, inner // (2 if held == "uint8" else 1), columns), scale]
+    args = [shape("bfloat16", rows, inner), shape(held, 1, inner // weight_formats.packed(held), columns), scale]
     moved = inner * columns * bits / 8 + scale.dtype.itemsize * math.prod(scale.shape) + 2 * rows * (inner + columns)
     sizes = [(k, n) for k in (1024, 2048, 4096, inner) if inner % k == 0 for n in (512, 1024, 2048) if n <= columns]
     fits = (lambda size: 2 << 20 <= size * bits // 8 <= 4 << 20) if rows <= 128 else lambda size: size <= 1 << 20

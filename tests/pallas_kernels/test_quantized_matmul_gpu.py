@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_quantized_matmul import oracle
 
 from pallas_kernels.quantized_matmul_gpu import MOST_ROWS, TUNED, Tiles, _guess, _legal, for_gpu, matvec_gpu, quantized_matmul_gpu
-from pallas_kernels.weight_formats import values
 
 f32, bf16, i8, i4, f8, mx = jnp.float32, jnp.bfloat16, jnp.int8, jnp.int4, jnp.float8_e4m3fn, jnp.uint8
 BOUND = {f32: 1e-5, bf16: 1e-2}
@@ -85,21 +85,6 @@ def build(case: Case, seed: int):
     scale = jnp.asarray(np.exp2(np.round(np.log2(sizes))), bf16) if case.weights == mx else jnp.asarray(sizes, f32)
     minimum = jnp.asarray(rng.standard_normal(per) * 3 * large, f32) if case.minimum else None
     return jnp.asarray(rng.standard_normal((case.rows, case.inner)) + 0.5, case.x), w, scale, minimum
-
-
-def oracle(case: Case, x, w, scale, minimum):
-    """float64, of the last layer."""
-    wide = lambda array: np.asarray(array.astype(f32), np.float64)
-    full, s, x = wide(values(w[-1])), wide(scale[-1]), np.asarray(x.astype(f32))
-    if case.quantize_x:
-        step = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-        x = np.round(x / step).astype(np.float64) * step
-    if case.group:
-        s = s.repeat(case.group, axis=0)
-        full = full * s + (0 if minimum is None else wide(minimum[-1]).repeat(case.group, axis=0))
-    else:
-        full = full * s.reshape(1, -1)
-    return x.astype(np.float64) @ full
 
 
 def compare(case: Case, interpret: bool, traced: bool = False):
