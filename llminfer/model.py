@@ -150,7 +150,7 @@ def _attention(w: Layer, x, kv, index, turns, batch: Batch, c: ModelConfig, targ
     sinks: dict[str, Any] = {"q_sinks": turns[1](q)} if c.sinks[group] else {}
     q = turns[0](q)
     scale = dim**-0.5 if c.attn_scale is None else c.attn_scale
-    asked = dict(scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, debug=target.debug)
+    asked = dict(scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, debug=target.debug, chip=target.chip)
     attend = functools.partial(paged_attention, **asked, impl=target.kernels)
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
         attend = _by_heads(attend, target.mesh)

@@ -67,6 +67,8 @@ def paged_attention(
     kv_splits=1,
     with_lse=False,
     debug=False,
+    chip=None,
+    blocks=None,
     impl="reference",
 ):
     """Writes k and v into kv and attends. Returns (out [T, Hq, D] of q's dtype, kv), then kv_scale if it was given, then the sums if
@@ -74,7 +76,8 @@ def paged_attention(
 
     q_max: static bound of q_len (1: pure decode). softcap: scores become softcap * tanh(scores / softcap). sinks: static.
     kv_splits: static, parts in which the TPU kernel looks at the context of a sequence that decodes. debug: a sequence with a page id,
-    length or window that cannot be is not touched, and its rows come back as NaN. Raises ValueError for shapes that cannot work."""
+    length or window that cannot be is not touched, and its rows come back as NaN. chip, blocks: of a TPU, by which tuned.toml is asked
+    for sizes of blocks, or sizes to be used (paged_attention_plan.py). Raises ValueError for shapes that cannot work."""
     check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max)
     check_options(q, kv, window, sinks, q_sinks, sink_logits, tree, kv_scale, kv_splits)
     sound = asked = None
@@ -91,7 +94,7 @@ def paged_attention(
         from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 
         mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
-        args |= dict(kv_scale=kv_scale, kv_splits=kv_splits, with_lse=with_lse)
+        args |= dict(kv_scale=kv_scale, kv_splits=kv_splits, with_lse=with_lse, chip=chip, blocks=blocks)
         out, kv, kv_scale, lse = paged_attention_tpu(q, k, v, kv, **args, interpret=mode)
     else:
         raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret")

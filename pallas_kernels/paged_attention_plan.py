@@ -7,6 +7,8 @@ import math
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.tuning import lookup
+
 BLOCK_KEYS = 1024  # keys of one block, before VMEM bounds it
 BLOCK_BYTES = 4 << 20  # of one of the two key-value buffers, for decode
 PIECE_KEYS = 512  # keys that a tile looks at in one go
@@ -41,6 +43,7 @@ class Plan:
     tree_words: int = 0  # words of 32 bits that say which new tokens of its sequence a token sees; 0: all before it
     lse: bool = False  # whether the logarithm of each row's sum is asked for
     quantized: bool = False  # whether pages have scales
+    piece_keys: int = 0  # keys that a tile looks at in one go, at most; 0: PIECE_KEYS
 
     @property
     def decode(self) -> bool:
@@ -53,7 +56,7 @@ class Plan:
     @property
     def piece(self) -> int:
         """Keys that a tile looks at in one go."""
-        return max(n for n in range(16, min(PIECE_KEYS, self.block) + 1, 16) if self.block % n == 0)
+        return max(n for n in range(16, min(self.piece_keys or PIECE_KEYS, self.block) + 1, 16) if self.block % n == 0)
 
     @property
     def probe(self) -> int:
@@ -114,15 +117,26 @@ def work_items(plan: Plan, rows: int, q_start, q_len):
     return pick(jnp.arange(seqs, dtype=jnp.int32)), pick(first_tile - before + n), total.reshape(1)
 
 
-def make_plan(q, kv, pages_per_seq: int, q_max: int, softcap: float | None, sinks: int) -> Plan:
-    """The largest steps that fit VMEM: as many heads, then as many keys a block. Raises ValueError where not even the smallest do."""
+def tuned_blocks(chip: str | None, q, kv, q_max: int) -> dict[str, int]:
+    """What tuned.toml has for a shape on a chip, of {"block_k": keys of a block, "piece": keys that a tile looks at in one go, "tile":
+    tokens of a query tile}; empty for nothing, and for float32, which needs more VMEM."""
+    if not chip or q.dtype.itemsize != 2:
+        return {}
+    about = dict(kv_heads=kv.shape[2], group=q.shape[1] // kv.shape[2], head_dim=q.shape[2], page=kv.shape[3], dtype=str(kv.dtype))
+    return lookup("paged_attention", chip, kind="decode" if q_max == 1 else "tiles", **about) or {}
+
+
+def make_plan(q, kv, pages_per_seq: int, q_max: int, softcap: float | None, sinks: int, blocks: dict[str, int] | None = None) -> Plan:
+    """The largest steps that fit VMEM: as many heads, then as many keys a block. blocks: sizes to begin with in place of the heuristic's,
+    as tuned_blocks has them; made smaller where they do not fit. Raises ValueError where not even the smallest do."""
     heads, page, row, head_dim = *kv.shape[2:], q.shape[2]
-    group, size = q.shape[1] // heads, kv.dtype.itemsize
+    group, size, blocks = q.shape[1] // heads, kv.dtype.itemsize, blocks or {}
+    most = blocks.get("block_k", BLOCK_KEYS)
     if q_max == 1:
         tile, rows, align, unit = 1, pl.cdiv(group, 8) * 8, math.lcm(32 // size, page if size == 1 else 1), page
         chunks = [heads]
     else:
-        tile = max(32 // size, 16, min(TILE_TOKENS, pl.next_power_of_2(q_max), 1 << (TILE_ROWS // group).bit_length() - 1))
+        tile = max(32 // size, 16, min(blocks.get("tile", _default_tile(group)), pl.next_power_of_2(q_max)))
         while page % tile and tile % page:
             tile //= 2
         rows, align, unit = tile * group, math.lcm(tile, page) if size == 1 else tile, math.lcm(page, LANES)
@@ -132,17 +146,24 @@ def make_plan(q, kv, pages_per_seq: int, q_max: int, softcap: float | None, sink
     write_rows = math.gcd(page, 32 if size == 1 else 8) if q_max == 1 else min(align, page)  # a write stays in one page
     plan, need = None, 0
     for chunk in chunks:
-        for keys in (BLOCK_KEYS, BLOCK_KEYS // 2, unit):
-            keys = min(keys, BLOCK_BYTES // (chunk * row * size))
+        for keys in (most, most // 2, unit):
+            keys = keys if "block_k" in blocks else min(keys, BLOCK_BYTES // (chunk * row * size))
             block_pages = min(max(keys // unit, 1), pl.cdiv(pages_per_seq * page, unit)) * unit // page
             sizes = (chunk, heads // chunk, group, head_dim, row, page, pages_per_seq, block_pages)
-            plan = Plan(*sizes, tile, rows, align, write_rows, softcap, compute, sinks, quantized=size == 1)
+            plan = Plan(
+                *sizes, tile, rows, align, write_rows, softcap, compute, sinks, quantized=size == 1, piece_keys=blocks.get("piece", 0)
+            )
             need = vmem_bytes(plan, size)
             if need <= VMEM_BYTES:
                 return plan
     if plan is None or need > MOST_VMEM_BYTES:
         raise ValueError(f"page={page}, kv_heads={heads}, head_dim={head_dim}: needs {need} bytes of VMEM; lower the page size")
     return plan
+
+
+def _default_tile(group: int) -> int:
+    """Tokens of a query tile: a power of two."""
+    return min(TILE_TOKENS, 1 << (TILE_ROWS // group).bit_length() - 1)
 
 
 def vmem_bytes(plan: Plan, kv_size: int) -> int:

@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import kv_scales
 from pallas_kernels.paged_attention_kernel import call_kernel
 from pallas_kernels.paged_attention_pages import Scalars
-from pallas_kernels.paged_attention_plan import Plan, check, make_plan, work_items
+from pallas_kernels.paged_attention_plan import Plan, check, make_plan, tuned_blocks, work_items
 from pallas_kernels.paged_attention_softmax import LOG2E, REACH
 from pallas_kernels.paged_attention_tiles import (
     from_tiles,
@@ -162,13 +162,15 @@ def paged_attention_tpu(
     kv_scale: Any = None,
     kv_splits: int = 1,
     with_lse: bool = False,
+    chip: str | None = None,
+    blocks: dict[str, int] | None = None,
     interpret=False,
 ):
     """Writes new keys and values into a paged cache and attends to it. Arguments as pallas_kernels.paged_attention has them.
 
     q_max 1 builds only the decode kernel; otherwise sequences with one row go through the decode kernel and the others through the
     tiled one. kv_splits: parts of a context that decode looks at independently, merged by their sums. interpret: False, True or a
-    pltpu.InterpretParams.
+    pltpu.InterpretParams. blocks: sizes for the kernel of q_max (paged_attention_plan.tuned_blocks); None: what tuned.toml has for `chip`.
     Returns (out [T, Hq, D] of q's dtype, zero in rows of no sequence, kv, kv_scale, lse float32 [T, Hq] or None).
     Raises ValueError for shapes and types that the kernel does not take. Page ids are not checked: one out of range is undefined.
     """
@@ -187,7 +189,8 @@ def paged_attention_tpu(
     for most in (1,) if q_max == 1 else (q_max, 1):
         decode = most == 1
         splits, words = (kv_splits, 0) if decode or tree is None else (1, tree.shape[1])
-        plan = make_plan(q, kv, page_table.shape[1], most, softcap, sinks)
+        sizes = blocks if blocks and most == q_max else tuned_blocks(chip, q, kv, most)
+        plan = make_plan(q, kv, page_table.shape[1], most, softcap, sinks, sizes)
         plan = dataclasses.replace(plan, tree_words=words, logits=sink_logits is not None, lse=with_lse or (decode and splits > 1))
         length = jnp.where((rows["q_len"] == 1) == decode, rows["q_len"], 0)
         out, kv, lse = given.attend(plan, kv, length, splits, out, lse)

@@ -15,7 +15,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention_plan import make_plan, work_items
+from llminfer.target import chip_of
+from pallas_kernels.paged_attention_plan import make_plan, tuned_blocks, work_items
 from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -51,16 +52,17 @@ def attention(A: Any, new: list[int], page: int, ctx: int, H: int, KV: int, HD: 
     table = np.random.default_rng(0).permutation(pool)[: seqs * pages].astype(np.int32)
     start, length, total = np.cumsum([0, *new[:-1]]), np.array(new), np.full(seqs, ctx)
     scale, most = HD**-0.5, max(new)
+    chip = chip_of(A((8,)).sharding.mesh.devices.flat[0])
 
     def fn(q, k, v, kv, layer, window, table, q_start, q_len, kv_len):
         rest = dict(layer=layer, window=window, page_table=table, q_start=q_start, q_len=q_len, kv_len=kv_len)
-        return paged_attention_tpu(q, k, v, kv, **rest, scale=scale, q_max=most)[:2]
+        return paged_attention_tpu(q, k, v, kv, **rest, scale=scale, q_max=most, chip=chip)[:2]
 
     operands = {}
     for name, bound, mine in (("paged_decode", 1, length == 1), ("paged_prefill", most, length > 1)):
         if name == "paged_prefill" and most == 1:
             continue
-        plan = make_plan(q, kv, pages, bound, None, 0)
+        plan = make_plan(q, kv, pages, bound, None, 0, tuned_blocks(chip, q, kv, bound))
         own = np.where(mine, length, 0)
         alone = plan.decode and rows > seqs  # decode beside chunks: of the sequences' own rows only
         at = np.arange(seqs) if alone else start

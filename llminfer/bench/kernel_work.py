@@ -74,7 +74,13 @@ CASES = [
     _quantized("mxfp4.rows2048", 2048, weights="mxfp4", group=32),
     _quantized("w8a8.rows2048", 2048, whole=True),
 ]
-# Products of models, for the tuner: Llama-3.1-8B's matrices, and those of Qwen3-30B-A3B's attention and experts (8 of 128 for a token).
+# For the tuner: heads of models beside Llama-3.1-8B's; Llama-3.1-8B's matrices, and those of Qwen3-30B-A3B's attention and experts (8 of
+# 128 for a token).
+HEADS = {
+    "qwen3_30b": dict(heads=32, kv_heads=4, dim=128),
+    "gemma3_4b": dict(heads=8, kv_heads=4, dim=256),
+    "llama3_1b": dict(heads=32, kv_heads=8, dim=64),
+}
 MATRICES = {
     **{"llama_qkv": (4096, 6144), "llama_o": (4096, 4096), "llama_up": (4096, 28672), "llama_down": (14336, 4096)},
     **{"qwen_qkv": (2048, 5120), "qwen_o": (4096, 2048)},
@@ -82,6 +88,11 @@ MATRICES = {
 KINDS: dict[str, dict[str, Any]] = {"int8": {}, "int4": dict(weights="int4", group=128)}
 EXPERTS = {"qwen_up": (2048, 768, "silu"), "qwen_down": (768, 2048, "")}
 MODELS = [
+    *[
+        _paged(f"{kind}.{name}", new, **heads)
+        for kind, new in dict(decode=64 * [1], prefill=8 * [256]).items()
+        for name, heads in HEADS.items()
+    ],
     *[
         _quantized(f"{kind}.{name}.rows{rows}", rows, inner=inner, columns=columns, **how)
         for kind, how in KINDS.items()
@@ -114,7 +125,8 @@ def paged_attention(
     chip: str, new: list[int], context: int, page: int, heads: int, kv_heads: int, dim: int, pool: int = 0, cache: str = "bfloat16"
 ) -> Work:
     """Sequences with new[i] tokens each, of length `context` with them; their pages lie anywhere among `pool` (0: as many as they have,
-    512 MB at least: the compiler would put a small pool in VMEM)."""
+    512 MB at least: the compiler would put a small pool in VMEM). Blocks are tuned where one kernel runs and a context is neither much
+    longer nor much shorter than blocks: what is best there is good for all."""
     import jax
     import jax.numpy as jnp
 
@@ -128,7 +140,7 @@ def paged_attention(
 
     def run(impl, blocks, q, k, v, kv, *others):
         names = ("layer", "window", "page_table", "q_start", "q_len", "kv_len", "kv_scale")
-        static: dict[str, Any] = dict(scale=dim**-0.5, q_max=max(new), impl=impl)
+        static: dict[str, Any] = dict(scale=dim**-0.5, q_max=max(new), chip=known(chip), blocks=blocks, impl=impl)
         return op(q, k, v, kv, **dict(zip(names, others)), **static)
 
     kv, each = shape(1, pool, kv_heads, page, 2 * dim, dtype=jnp.dtype(cache)), shape(rows, kv_heads, dim)
@@ -138,7 +150,13 @@ def paged_attention(
     pairs = sum(n * (context - n) + n * (n + 1) / 2 for n in new)
     moved = seqs * context * kv_heads * 2 * dim * size + 2 * rows * (2 * heads + 2 * kv_heads) * dim  # what is new is written, not read
     feeds = {3: 1, 10: 2} if size == 1 else {3: 1}
-    return Work(run, args, 4 * dim * heads * pairs, moved, dict(head_dim=dim, group=heads // kv_heads, page=page), feeds)
+    kind = "decode" if max(new) == 1 else "tiles"
+    key: dict[str, int | str] = dict(kind=kind, kv_heads=kv_heads, group=heads // kv_heads, head_dim=dim, page=page, dtype=cache)
+    candidates = [dict(block_k=keys) for keys in (256, 512, 2048)]
+    if kind == "tiles":
+        candidates = [dict(block_k=k, piece=n, tile=t) for k in (512, 1024, 2048) for n in (256, 512, 1024) for t in (128, 256) if n <= k]
+    steady = context == 2048 and min(new) == max(new)
+    return Work(run, args, 4 * dim * heads * pairs, moved, key, feeds, candidates if steady else [])
 
 
 def flash_attention(chip: str, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Work:
