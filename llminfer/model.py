@@ -15,7 +15,7 @@ from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
 from llminfer.layers import activate, norm, qk_norm, rope_tables, rotate, softcap
 from llminfer.params import Layer, Params
-from llminfer.quant import QTensor, Stacked, matmul
+from llminfer.quant import QTensor, Stacked, matmul, rows_product
 from llminfer.target import Target
 from pallas_kernels.paged_attention import paged_attention
 from sharding.rules import partition
@@ -183,10 +183,9 @@ def _by_heads(attend: Any, mesh: jax.sharding.Mesh) -> Any:
     return split
 
 
-def logits(params: Params, hidden: jax.Array, c: ModelConfig) -> jax.Array:
+def logits(params: Params, hidden: jax.Array, c: ModelConfig, target: Target) -> jax.Array:
     """float32 [N, V] of hidden states [N, D] (after the final norm)."""
     head = params.embed if c.tie_embeddings else params.lm_head
-    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
     with jax.named_scope("head"):
-        y = jax.lax.dot_general(hidden, head, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        y = rows_product(hidden, head, target)
         return softcap(y if c.logit_scale == 1 else y * c.logit_scale, c.logit_softcap)

@@ -164,11 +164,11 @@ def abstract(specs: Params, dtype: Any) -> Params:
 def init(specs: Params, key: jax.Array, dtype: Any) -> Params:
     """Random weights; each depends only on `key` and its place in the tree. Run it under jit."""
     leaves, tree = jax.tree.flatten(specs, is_leaf=is_spec)
-    constant = {"ones": jnp.ones, "zeros": jnp.zeros}
-    made = [
-        constant[s.init](s.shape, dtype)
-        if s.init in constant
-        else (jax.random.normal(jax.random.fold_in(key, i), s.shape, jnp.float32) * s.std).astype(dtype)
-        for i, s in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(tree, made)
+    return jax.tree.unflatten(tree, [init_one(spec, jax.random.fold_in(key, i), dtype) for i, spec in enumerate(leaves)])
+
+
+def init_one(spec: ParamSpec, key: jax.Array, dtype: Any) -> jax.Array:
+    """One random weight by its own key."""
+    if spec.init in ("ones", "zeros"):
+        return jnp.full(spec.shape, float(spec.init == "ones"), dtype)
+    return (jax.random.normal(key, spec.shape, jnp.float32) * spec.std).astype(dtype)

@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Format, Layout
 
 from llminfer import cache, params
 from llminfer.config import EngineConfig, ModelConfig
 from llminfer.errors import UserError, as_user_error
 from llminfer.pages import Pages
-from llminfer.quant import QTensor, dequantize, quantizer
+from llminfer.quant import QTensor, Turned, dequantize, maker
 from llminfer.target import Target, devices
 from llminfer.weights.assemble import layer_of, leaves_of, params_of
 from sharding.rules import check_divides, sharding, ways
@@ -44,26 +45,28 @@ def abstract_params(c: ModelConfig, settings: EngineConfig, target: Target) -> A
 def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
     where = functools.partial(sharding, target.mesh, device=first_device(target))
     shape = jax.ShapeDtypeStruct(spec.shape, jnp.dtype(target.dtype), sharding=where(spec.axes))
-    rounded = _quantizer(spec, settings, target)
-    if rounded is None:
+    make = _maker(spec, settings, target)
+    if make is None:
         multiplied = (spec.matrix and "experts" not in spec.axes) or "vocab" in spec.axes
         if target.chip == "tpu7x" and multiplied and shape.dtype == jnp.bfloat16 and spec.shape[-2] % 16 == 0:
             # Its matrix products want tiles of 16 rows; from the default of 8 XLA copies all weights at the start of each program.
             by_tile = Layout(tuple(range(len(spec.shape))), tiling=((16, 128), (2, 1)))
             return jax.ShapeDtypeStruct(spec.shape, shape.dtype, sharding=Format(by_tile, where(spec.axes)))
         return shape
-    made = jax.eval_shape(rounded, shape)
+    made, turned = jax.eval_shape(make, shape), (*spec.axes[:-2], spec.axes[-1], spec.axes[-2])
+    placed = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
+    if isinstance(made, Turned):
+        return Turned(placed(made.w, where(turned)))
     groups = spec.axes[-2] if made.scale.shape[-2] > 1 else None
     by_group = where((*spec.axes[:-2], groups, spec.axes[-1]))
     if target.platform == "tpu":  # XLA would rather order the axes so that a tile is full, and copy them to the kernel's order at each step
         by_group = Format(Layout(tuple(range(made.scale.ndim))), by_group)
-    placed = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
-    return replace(made, q=placed(made.q, where(spec.axes)), scale=placed(made.scale, by_group))
+    return replace(made, q=placed(made.q, where(turned if made.turned else spec.axes)), scale=placed(made.scale, by_group))
 
 
-def _quantizer(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
-    """What makes a QTensor of a weight, None for one that stays as it is."""
-    return quantizer(settings.quantize, spec.axes, ways(target.mesh, spec.axes[-2]), target) if spec.matrix else None
+def _maker(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
+    """What makes of a weight what the target multiplies with, None for one that stays as it is."""
+    return maker(settings.quantize, spec.axes, ways(target.mesh, spec.axes[-2]), target) if spec.matrix else None
 
 
 def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, totals: tuple[int, ...]) -> cache.KVCache:
@@ -99,28 +102,34 @@ def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, setting
     """Weights on their devices: `found` (named host arrays, see weights.Checkpoint.leaves) cast, quantized and stacked as the
     target wants them, one after the other; None: random ones from settings.seed."""
     specs, dtype = params.param_specs(c), jnp.dtype(target.dtype)
-    places = jax.tree.map(lambda s: sharding(target.mesh, s.axes, first_device(target)), specs, is_leaf=params.is_spec)
     if found is not None:
         return _place_leaves(found, specs, c, settings, target)
-    key = jax.random.key(settings.seed % 2**63)
-    placed = jax.jit(lambda k: params.init(specs, k, dtype), out_shardings=places)(key)
-    rounders = _rounders(settings, target)
-    placed = jax.tree.map(lambda s, x: rounders(s)(x), specs, placed, is_leaf=params.is_spec)
+    random = lambda spec: _random(spec, dtype, sharding(target.mesh, spec.axes, first_device(target)))
+    makers, key = _makers(settings, target), jax.random.key(settings.seed % 2**63)
+    leaves, tree = jax.tree.flatten(specs, is_leaf=params.is_spec)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(leaves)))
+    placed = tree.unflatten([makers(spec)(random(spec)(keys[i])) for i, spec in enumerate(leaves)])
     if target.stacked:
         placed = params.stack(placed, c)
     wanted = abstract_params(c, settings, target)
     return jax.tree.map(lambda x, s: jax.device_put(x, place_of(s)), placed, wanted)
 
 
-def _rounders(settings: EngineConfig, target: Target) -> Any:
-    """spec -> the compiled function that quantizes such a weight, or gives it back."""
+@functools.lru_cache(maxsize=64)
+def _random(spec: params.ParamSpec, dtype: Any, where: Any) -> Any:
+    """key -> a random weight: compiled once for all that are alike."""
+    return jax.jit(lambda key: params.init_one(spec, key, dtype), out_shardings=where)
+
+
+def _makers(settings: EngineConfig, target: Target) -> Any:
+    """spec -> the compiled function that makes of such a weight what the target multiplies with, or gives it back."""
     compiled: dict[Any, Any] = {}
 
     def of(spec: params.ParamSpec) -> Any:
         key = (spec.axes, spec.matrix)
         if key not in compiled:
-            rounded = _quantizer(spec, settings, target)
-            compiled[key] = (lambda x: x) if rounded is None else jax.jit(rounded)
+            make = _maker(spec, settings, target)
+            compiled[key] = (lambda x: x) if make is None else jax.jit(make)
         return compiled[key]
 
     return of
@@ -129,7 +138,7 @@ def _rounders(settings: EngineConfig, target: Target) -> Any:
 def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
     wanted, dtype = abstract_params(c, settings, target), jnp.dtype(target.dtype)
     spec_of = dict(leaves_of(specs))
-    rounders, widen = _rounders(settings, target), jax.jit(lambda x: x.astype(dtype))
+    makers, widen = _makers(settings, target), jax.jit(lambda x: x.astype(dtype))
     # An update of a slice and not a scatter, for which XLA:CPU would convert a whole bfloat16 array.
     write_one = lambda whole, x, i: jax.lax.dynamic_update_index_in_dim(whole, x, i, 0)
     write = jax.jit(lambda whole, x, i: jax.tree.map(functools.partial(write_one, i=i), whole, x), donate_argnums=0)
@@ -144,7 +153,7 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
             array = array.astype(dtype)
         # On a CPU an array that is ours alone becomes the weight; a mapped file is copied, once and for all.
         x = jax.device_put(array, sharding(target.mesh, spec.axes, first_device(target)), may_alias=array.flags.writeable)
-        x = rounders(spec)(x if x.dtype == dtype else widen(x))
+        x = makers(spec)(x if x.dtype == dtype else widen(x))
         del array
         number, leaf = layer_of(name)
         if number is not None and number < under_scan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -14,6 +15,7 @@ from jax import lax
 from llminfer.errors import refuse
 from llminfer.target import Target
 from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
+from pallas_kernels.quantized_matmul_gpu import for_gpu, matvec_fits, matvec_gpu, quantized_matmul_gpu
 from pallas_kernels.weight_formats import LANES, MXFP4_GROUP, mxfp4_values, quantize_mxfp4, values
 from sharding.rules import partition
 
@@ -24,7 +26,8 @@ GROUPS = (128, 64, 32)  # inputs that share a scale of int4, the first that divi
 class QTensor:
     """A matrix of small numbers, w[i, o] = q[i, o] * scale[i // group, o]. Leading axes (layers, experts) are carried along.
 
-    axes: logical names of in and out, by which a mesh splits it. by_token: x is rounded to int8 too, token by token."""
+    axes: logical names of in and out, by which a mesh splits it. by_token: x is rounded to int8 too, token by token. turned: q lies as
+    pallas_kernels.quantized_matmul_gpu says, [..., out, in]."""
 
     # int8 or int4 [..., in, out], or uint8 [..., in / 2, out], MXFP4 as pallas_kernels.weight_formats says. On a CPU all are kept in int8:
     # XLA:CPU hangs in the compilation of some programs with int4.
@@ -32,6 +35,14 @@ class QTensor:
     scale: Any  # float32 (MXFP4: bfloat16) [..., in / group, out]; one group is one scale for each output channel
     axes: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
     by_token: bool = flax.struct.field(pytree_node=False, default=False)
+    turned: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@flax.struct.dataclass
+class Turned:
+    """A matrix as a GPU reads it fastest, all that makes one output beside each other."""
+
+    w: Any  # [..., out, in]
 
 
 @flax.struct.dataclass
@@ -82,7 +93,29 @@ def dequantize(w: QTensor) -> np.ndarray:
     return (grouped * scale[..., None, :]).reshape(q.shape)
 
 
-def quantizer(kind: str | None, axes: tuple[str, ...], ways: int, target: Target) -> Any:
+def maker(kind: str | None, axes: tuple[str, ...], ways: int, target: Target) -> Any:
+    """The function that makes of a matrix [..., in, out] of these logical axes, of which a mesh cuts the rows in so many ways, what the
+    target multiplies with; None where that is the matrix itself. Experts' matrices are not turned."""
+    rounded, turned = _quantizer(kind, axes, ways, target), target.turned and "experts" not in axes
+    if not turned:
+        return rounded
+    return (lambda w: Turned(jnp.swapaxes(w, -1, -2))) if rounded is None else lambda w: turn(rounded(w), ways)
+
+
+def turn(w: QTensor, ways: int = 1) -> QTensor:
+    """A QTensor as a GPU wants it. Two groups share bytes there: where each of `ways` parts of `in` has not an even number of them, int4 is
+    kept as int8. Raises UserError for such MXFP4."""
+    q = w.q
+    if w.scale.shape[-2] % (2 * ways):
+        if q.dtype == jnp.uint8:
+            inner = 2 * q.shape[-2]
+            rule = f"a matrix of {inner} inputs has no even number of groups of {MXFP4_GROUP} in {ways} parts; legal: int8, int4, w8a8"
+            raise refuse("quantize", "mxfp4", rule)
+        q = q.astype(jnp.int8) if q.dtype == jnp.int4 else q
+    return replace(w, q=for_gpu(q, w.scale), turned=True)
+
+
+def _quantizer(kind: str | None, axes: tuple[str, ...], ways: int, target: Target) -> Any:
     """The function that quantizes a matrix of these logical axes, of which a mesh cuts the rows in so many ways; None for no kind."""
     if kind is None:
         return None
@@ -95,21 +128,37 @@ def quantizer(kind: str | None, axes: tuple[str, ...], ways: int, target: Target
 
 
 def matmul(x: jax.Array, w: Any, target: Target) -> jax.Array:
-    """x [T, in] times w [in, out] (an array, a QTensor, or Stacked QTensor), in x's dtype, summed in float32.
+    """x [T, in] times w [in, out] (an array, Turned, a QTensor, or Stacked QTensor), in x's dtype, summed in float32.
 
     A TPU multiplies quantized weights as they are, by the kernel that picks a layer out of its stack. On a CPU, where a conversion of
     the weights costs more than it saves, x is rounded to int8 by token whenever a channel has one scale."""
+    if isinstance(w, Turned):
+        return rows_product(x, w.w, target).astype(x.dtype)
     if not isinstance(w, (QTensor, Stacked)):
         precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         y = lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
         return y.astype(x.dtype)
     whole, layer = stack_of(w)
-    if target.kernels in ("pallas", "interpret"):
-        product = functools.partial(_by_kernel, by_token=whole.by_token, target=target)
+    if whole.turned or target.body != "reference":
+        product = functools.partial(_turned_product if whole.turned else _by_kernel, by_token=whole.by_token, target=target)
         return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target.mesh)
     if target.platform == "cpu" and whole.scale.shape[-2] == 1:
         return _int8_on_cpu(x, w if isinstance(w, QTensor) else jax.tree.map(lambda leaf: leaf[layer], whole))
     return quantized_matmul_reference(x, whole.q, whole.scale, layer=layer, quantize_x=whole.by_token)
+
+
+def rows_product(x: jax.Array, w: jax.Array, target: Target) -> jax.Array:
+    """float32 [T, out] of x [T, in] and w [out, in]. One row is multiplied by a kernel on a GPU, which reads w faster than XLA's."""
+    one = target.turned and target.mesh is None and x.shape[0] == 1 and x.dtype == w.dtype == jnp.bfloat16
+    if one and matvec_fits(*w.shape):
+        return matvec_gpu(x, w, interpret=target.interpret)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _turned_product(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:
+    whole: Any = 0 if q.shape[0] == 1 else layer  # a number is better than one that a kernel must read
+    return quantized_matmul_gpu(x, q, scale, layer=whole, quantize_x=by_token, interpret=target.interpret)
 
 
 def _by_kernel(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:
@@ -132,7 +181,8 @@ def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, mesh: j
         return y if rows is None else lax.psum(y, rows)
 
     spec = jax.sharding.PartitionSpec
-    specs = (spec(None, rows), spec(None, rows, columns), spec(None, rows if many else None, columns), spec())
+    stored = (columns, rows) if w.turned else (rows, columns)
+    specs = (spec(None, rows), spec(None, *stored), spec(None, rows if many else None, columns), spec())
     return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=spec(None, columns), check_vma=False)(x, w.q, w.scale, layer)
 
 

@@ -35,7 +35,7 @@ def mixed_step(params: Params, cache: KVCache, history: jax.Array, batch: Batch,
     drew = batch.draws > 0
     # The chunks of a long prompt before the last draw nothing: no need to read the output head.
     nothing = (jnp.full(rows, NOTHING, jnp.int32), _said((rows,)))
-    tokens, said = jax.lax.cond(drew.any(), lambda: _draw(params, hidden[ends], batch, history, c), lambda: nothing)
+    tokens, said = jax.lax.cond(drew.any(), lambda: _draw(params, hidden[ends], batch, history, c, target), lambda: nothing)
     tokens = jnp.where(drew, tokens, NOTHING)
     history = history.at[jnp.where(drew, batch.slots, slots), batch.kv_len].set(tokens, mode="drop")
     return (tokens, said), cache, history
@@ -58,7 +58,7 @@ def decode_loop(params: Params, cache: KVCache, history: jax.Array, batch: Batch
             kv_len=length,
         )
         hidden, cache = model.forward(params, cache, now, c, target, q_max=1)
-        drawn, said = _draw(params, hidden, now, history, c)
+        drawn, said = _draw(params, hidden, now, history, c, target)
         history = history.at[jnp.where(live, batch.slots, slots), length].set(drawn, mode="drop")
         out = jax.tree.map(lambda whole, x: whole.at[:, i].set(x), out, (jnp.where(live, drawn, NOTHING), said))
         stop = (drawn[:, None] == batch.sampling.ends).any(1) | (drawn < 0) | (i + 1 >= loop.limit)
@@ -83,7 +83,7 @@ def decode_loop(params: Params, cache: KVCache, history: jax.Array, batch: Batch
 def prompt_logits(params: Params, cache: KVCache, history: jax.Array, batch: Batch, *, c: ModelConfig, target: Target):
     """The logits of every row of one chunk, float32 [T, V]; (logits, cache, history)."""
     hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
-    return model.logits(params, hidden, c), cache, history
+    return model.logits(params, hidden, c, target), cache, history
 
 
 def token_logprobs(params, cache, history, batch: Batch, tokens: jax.Array, most: jax.Array, *, c: ModelConfig, target: Target):
@@ -121,8 +121,8 @@ def _said(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros((*shape, 1 + MAX_LOGPROBS), jnp.int32), jnp.zeros((*shape, 1 + MAX_LOGPROBS), jnp.float32)
 
 
-def _draw(params: Params, hidden: jax.Array, batch: Batch, history: jax.Array, c: ModelConfig):
+def _draw(params: Params, hidden: jax.Array, batch: Batch, history: jax.Array, c: ModelConfig, target: Target):
     # The drawn token's position is the context length: the same noise whatever the batch, also after a preemption.
     sampling = replace(batch.sampling, position=batch.kv_len)
-    tokens, said = draw(model.logits(params, hidden, c), sampling, history, batch.slots)
+    tokens, said = draw(model.logits(params, hidden, c, target), sampling, history, batch.slots)
     return jnp.where(tokens < 0, NOT_A_NUMBER, tokens), said

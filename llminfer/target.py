@@ -16,11 +16,11 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Target:
-    """platform: tpu | gpu | cpu. kernels: the body that kernels take: "pallas" (TPU), "interpret" (the same on a CPU), "reference", or
-    "batched" (the reference too, attention of all sequences that decode at once: GPU). stacked: layers under a scan (TPU), else
-    unrolled (GPU and CPU, where XLA copies every slice of a stacked weight). dtype: of weights and cache. chip: the name of a TPU,
-    v4, v5e, v5p, v6e or tpu7x. ahead: a step is sent before the last one is read; not on a GPU, where the host drives the loops of a
-    program, so that sending waits (LOG.md: 1.1x slower). debug: lengths and page ids are checked on
+    """platform: tpu | gpu | cpu. kernels: the body that kernels take: "pallas" (TPU), "interpret" (the same on a CPU), "triton" (GPU),
+    "triton-interpret" (the same on a CPU), "reference", or "batched" (the reference too, attention of all sequences that decode at once).
+    stacked: layers under a scan (TPU), else unrolled (GPU and CPU, where XLA copies every slice of a stacked weight). dtype: of weights
+    and cache. chip: the name of a TPU, v4, v5e, v5p, v6e or tpu7x. ahead: a step is sent before the last one is read; not on a GPU, where
+    the host drives the loops of a program, so that sending waits (LOG.md: 1.1x slower). debug: lengths and page ids are checked on
     the device too. mesh: a jax.sharding.Mesh, or None for one device."""
 
     platform: str
@@ -40,7 +40,7 @@ class Target:
         platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
         return cls(
             platform=platform,
-            kernels={"tpu": "pallas", "gpu": "batched"}.get(platform, "reference"),
+            kernels={"tpu": "pallas", "gpu": "triton"}.get(platform, "reference"),
             stacked=platform == "tpu" if layout == "auto" else layout == "stacked",
             dtype=("float32" if platform == "cpu" else "bfloat16") if dtype == "auto" else dtype,
             chip=chip,
@@ -51,8 +51,18 @@ class Target:
 
     @property
     def body(self) -> str:
-        """The body of kernels that know no "batched"."""
-        return "reference" if self.kernels == "batched" else self.kernels
+        """The body of kernels that a TPU alone has."""
+        return self.kernels if self.kernels in ("pallas", "interpret") else "reference"
+
+    @property
+    def turned(self) -> bool:
+        """Whether matrices lie as a GPU reads them, [out, in]."""
+        return self.kernels.startswith("triton")
+
+    @property
+    def interpret(self) -> bool:
+        """Whether kernels for a GPU are interpreted."""
+        return self.kernels == "triton-interpret"
 
 
 def devices() -> list[Any]:

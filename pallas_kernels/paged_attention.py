@@ -23,8 +23,8 @@ the 128 lanes of a TPU register, and a page is one transfer. Online softmax: Mil
 pages: Kwon et al., arXiv 2309.06180.
 
 `impl` chooses the body: "reference" (plain jnp, below: the contract and what a CPU runs), "batched" (the same with all
-decoding sequences at once: what a GPU runs), "pallas" (the TPU kernel of paged_attention_tpu.py), "interpret" (that kernel,
-interpreted on a CPU).
+decoding sequences at once), "pallas" (the TPU kernel of paged_attention_tpu.py), "interpret" (that kernel, interpreted on a CPU),
+"triton" (the GPU kernels of paged_attention_gpu.py) and "triton-interpret".
 """
 
 from __future__ import annotations
@@ -96,8 +96,12 @@ def paged_attention(
         mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
         args |= dict(kv_scale=kv_scale, kv_splits=kv_splits, with_lse=with_lse, chip=chip, blocks=blocks)
         out, kv, kv_scale, lse = paged_attention_tpu(q, k, v, kv, **args, interpret=mode)
+    elif impl in ("triton", "triton-interpret"):
+        from pallas_kernels.paged_attention_gpu import paged_attention_gpu
+
+        out, kv, kv_scale, lse = paged_attention_gpu(q, k, v, kv, **args, kv_scale=kv_scale, interpret=impl != "triton")
     else:
-        raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret")
+        raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret, triton, triton-interpret")
     if sound is not None:
         out = _spoil(out, sound, q_start, asked)
     return (out, kv, *([] if kv_scale is None else [kv_scale]), *([lse] if with_lse else []))

@@ -7,7 +7,8 @@ A GPU wants the numbers of one output beside each other, so w is the transpose o
 byte, `group` bytes hold one group of K in their low nibbles and the next group in their high ones: K is a multiple of 2 * group.
 
 With weights so placed, XLA's own product of int8 or fp8 by channel is as fast as this kernel, but not for one row, which it multiplies and
-adds up number by number; so one row becomes two. int4, MXFP4 and groups, which XLA writes out as bfloat16 first, have the kernel.
+adds up number by number; so one row becomes two. int4, MXFP4 and groups, which XLA writes out as bfloat16 first, have the kernel, which
+takes K and N that are multiples of 128.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def quantized_matmul_gpu(
     kind, group = _check(x, w, scale, minimum, quantize_x)
     scale = scale if scale.ndim == 3 else scale[:, None]
     parts = 3 if x.dtype == f32 else 1
-    if not group or parts * x.shape[0] > MOST_ROWS:
+    if not group or parts * x.shape[0] > MOST_ROWS or x.shape[1] % LANES or w.shape[1] % LANES:
         pick = lambda a: a[layer] if isinstance(layer, int) else lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)
         y = _by_xla(x, pick(w), pick(scale), kind, group, quantize_x)
     else:
@@ -97,8 +98,8 @@ def quantized_matmul_gpu(
 
 def _check(x, w, scale, minimum, quantize_x) -> tuple[str, int]:
     """(kind of weights, numbers under one scale or 0). Raises ValueError."""
-    if x.ndim != 2 or w.ndim != 3 or w.shape[2] * 2 not in (x.shape[1], 2 * x.shape[1]) or 0 in x.shape or x.shape[1] % LANES:
-        raise ValueError(f"x {x.shape}, w {w.dtype} {w.shape}: must be [M, K] and [L, N, K] or [L, N, K / 2], K a multiple of {LANES}")
+    if x.ndim != 2 or w.ndim != 3 or w.shape[2] * 2 not in (x.shape[1], 2 * x.shape[1]) or 0 in x.shape:
+        raise ValueError(f"x {x.shape}, w {w.dtype} {w.shape}: must be [M, K] and [L, N, K] or [L, N, K / 2]")
     (layers, columns, stored), inner = w.shape, x.shape[1]
     names = {jnp.dtype(jnp.int8): "int8", jnp.dtype(jnp.float8_e4m3fn): "float8_e4m3fn"}
     if stored < inner:
@@ -112,8 +113,6 @@ def _check(x, w, scale, minimum, quantize_x) -> tuple[str, int]:
     legal = grouped if kind in FOUR_BITS else [(layers, columns), (layers, 1, columns), *grouped]
     if scale.shape not in legal:
         raise ValueError(f"scale {scale.shape} of {kind} {w.shape}: must be one of {legal}")
-    if columns % LANES:
-        raise ValueError(f"N={columns} of w {w.shape}: must be a multiple of {LANES}")
     if minimum is not None and (minimum.shape != scale.shape or not group):
         raise ValueError(f"minimum {minimum.shape}: must have the shape of scale {scale.shape}, and that by groups")
     if quantize_x and (kind != "int8" or group):
@@ -339,13 +338,24 @@ def run(x, w, scale, tiles: Tiles, *, kind, layer: Any = 0, out=None, interpret=
     )(*args)
 
 
+def _matvec_depth(inner: int) -> int:
+    """Numbers of a row in one load, 0 if there are none."""
+    return next((size for size in (4096, 2048, 1024) if inner % size == 0), 0)
+
+
+def matvec_fits(columns: int, inner: int) -> bool:
+    """Whether matvec_gpu takes w of this shape."""
+    return columns % 2 == 0 and _matvec_depth(inner) > 0 and inner // _matvec_depth(inner) <= 16
+
+
 def matvec_gpu(x, w, *, interpret=False) -> jax.Array:
     """x [1, K] times w [N, K], both bfloat16: float32 [1, N]. K a multiple of 1024, and N of 2. A program asks for all of its two rows
     of w at once; a barrier keeps the compiler from moving the loads down to their use, one after the other."""
     columns, inner = w.shape
-    depth = next((size for size in (4096, 2048, 1024) if inner % size == 0), 0)
-    if x.shape != (1, inner) or not depth or columns % 2 or x.dtype != bf16 or w.dtype != bf16 or inner // depth > 16:
+    if x.shape != (1, inner) or not matvec_fits(columns, inner) or x.dtype != bf16 or w.dtype != bf16:
         raise ValueError(f"x {x.dtype} {x.shape}, w {w.dtype} {w.shape}: must be bfloat16 [1, K] and [N, K], K a multiple of 1024, N of 2")
+
+    depth = _matvec_depth(inner)
 
     def kernel(x, w, out):
         rows = pl.ds(pl.program_id(0) * 2, 2)

@@ -74,12 +74,16 @@ def test_tokens_do_not_depend_on_the_mesh(layout: str) -> None:
         assert piece.addressable_shards[0].data.size * 2 == piece.size
 
 
-def test_the_tpu_kernel_serves_the_same_tokens_in_the_interpreter() -> None:
+def test_the_kernels_serve_the_same_tokens_in_the_interpreter() -> None:
+    """Those of a GPU without the sinks, which they leave to the reference."""
     c = dataclasses.replace(from_toml("tiny_window"), num_layers=3, head_dim=64)
-    settings = EngineConfig(slots=2, context=64, chunk=16, decode_steps=3, kv_policy="sinks:3,window:10")
+    settings = EngineConfig(slots=2, context=64, chunk=16, decode_steps=3)
+    policy = dataclasses.replace(settings, kv_policy="sinks:3,window:10")
     found = []
-    for kernels in ("reference", "batched", "interpret"):
-        engine = Engine(c, settings, dataclasses.replace(Target.of("cpu", layout="stacked"), kernels=kernels))
+    runs = [("reference", policy), ("batched", policy), ("interpret", policy), ("reference", settings), ("triton-interpret", settings)]
+    for kernels, settings in runs:
+        layout = "listed" if kernels.startswith("triton") else "stacked"
+        engine = Engine(c, settings, dataclasses.replace(Target.of("cpu", layout=layout), kernels=kernels))
         engine.load(None)
         params = SamplingParams(max_tokens=4, ignore_eos=True)
         sequences = [engine.add(engine.check(prompt, params), params)[0] for prompt in (prompts()[3], prompts()[7])]
@@ -87,7 +91,7 @@ def test_the_tpu_kernel_serves_the_same_tokens_in_the_interpreter() -> None:
             engine.step()
         found.append([seq.output for seq in sequences])
         engine.programs.close()
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1] == found[2] and found[3] == found[4]
 
 
 def test_few_pages_preempt_and_change_nothing() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from llminfer import LLM, SamplingParams, UserError, layers
 from llminfer.model import logits
+from llminfer.target import Target
 
 POLICY = "sinks:3,window:20"
 
@@ -52,7 +53,7 @@ def streaming(engine, ids: list[int], sinks: int, window: int) -> np.ndarray:
             y = layers.norm(x, w.mlp_norm, None, c) @ w.gate_up
             gate, up = jnp.split(y, 2, axis=-1)
             x = x + (layers.activate(gate, c) * up) @ w.down
-        out.append(logits(params, layers.norm(x, params.final_norm, None, c), c)[0])
+        out.append(logits(params, layers.norm(x, params.final_norm, None, c), c, Target.of("cpu"))[0])
     return np.stack(out)
 
 

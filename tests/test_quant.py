@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 
 from llminfer import LLM
 from llminfer.errors import UserError
-from llminfer.quant import QTensor, Stacked, dequantize, matmul, quantize_int4, quantize_int8, quantize_to_mxfp4, quantizer
+from llminfer.quant import QTensor, Stacked, Turned, dequantize, maker, matmul, quantize_int4, quantize_int8, quantize_to_mxfp4
 from llminfer.target import Target, chip_of
 
 CPU = Target.of("cpu")
 KERNEL = dataclasses.replace(CPU, kernels="interpret", chip="v5e")
+GPU = dataclasses.replace(Target.of("gpu", dtype="float32"), kernels="triton-interpret")
 IDS = list(range(3, 40))
 
 
@@ -67,15 +68,17 @@ KINDS = ["int8", "int4", "mxfp4", "w8a8"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("target", [CPU, KERNEL, Target.of("gpu", dtype="float32")], ids=["cpu", "kernel", "gpu"])
+@pytest.mark.parametrize("target", [CPU, KERNEL, GPU], ids=["cpu", "kernel", "gpu"])
 def test_product_of_a_stack_and_of_one_matrix(kind: str, target: Target) -> None:
     """Against float64, each target by its own rules: who rounds x, and what is left to XLA where a kernel cannot go."""
-    for inner in (256, 192):  # the kernel takes multiples of 128 only
+    for inner in (256, 192):  # the kernels take multiples of 128 only
         x, w = random(5, inner, seed=1), random(3, inner, 128, seed=2)
-        made = quantizer(kind, ("layers", "embed", "mlp"), 1, target)(w)
-        assert made.by_token == (kind == "w8a8") and (made.q.dtype == jnp.int4) == (kind == "int4" and target.platform != "cpu")
-        assert (made.q.dtype == jnp.uint8) == (kind == "mxfp4" and target.platform != "cpu")
-        full = dequantize(made).astype(np.float64)
+        made, plain = (maker(kind, ("layers", "embed", "mlp"), 1, t)(w) for t in (target, CPU))
+        assert made.by_token == (kind == "w8a8") and made.turned == (target is GPU)
+        pairs = inner // 2 if kind == "mxfp4" or (kind == "int4" and inner == 256) else inner  # three groups of 64 share no bytes
+        assert made.q.dtype == (jnp.uint8 if kind == "mxfp4" and target is GPU else jnp.int8)
+        assert target is not GPU or made.q.shape == (3, 128, pairs)
+        full = dequantize(plain).astype(np.float64)
         rounded = kind == "w8a8" or (kind == "int8" and target is CPU)
         amount = np.abs(np.asarray(x)).max(1, keepdims=True) / 127
         seen = (np.round(np.asarray(x) / amount) * amount if rounded else np.asarray(x)).astype(np.float64)
@@ -88,12 +91,13 @@ def test_product_of_a_stack_and_of_one_matrix(kind: str, target: Target) -> None
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")], ids=["columns", "rows"])
-def test_a_mesh_splits_the_kernel(kind: str, axes: tuple[str, str]) -> None:
-    target = dataclasses.replace(KERNEL, mesh=Mesh(np.array(jax.devices()[:2]), ("tp",)))
+@pytest.mark.parametrize("target", [KERNEL, GPU], ids=["tpu", "gpu"])
+def test_a_mesh_splits_the_kernel(kind: str, axes: tuple[str, str], target: Target) -> None:
+    target = dataclasses.replace(target, mesh=Mesh(np.array(jax.devices()[:2]), ("tp",)))
     x, w = random(4, 512, seed=3), random(2, 512, 256, seed=4)
-    made = quantizer(kind, ("layers", *axes), 2 if axes[0] == "mlp" else 1, target)(w)
+    made, plain = (maker(kind, ("layers", *axes), 2 if axes[0] == "mlp" else 1, t)(w) for t in (target, CPU))
     product = jax.jit(lambda x, w, layer: matmul(x, Stacked(w, layer), target))
-    y, full = product(x, made, jnp.int32(1)), np.asarray(x) @ dequantize(made)[1]
+    y, full = product(x, made, jnp.int32(1)), np.asarray(x) @ dequantize(plain)[1]
     close(y, full, 0.02 if kind == "w8a8" else 1e-5)
     if axes[1] == "mlp":
         assert y.sharding.shard_shape(y.shape) == (4, 128)
@@ -121,6 +125,21 @@ def test_models_stay_close(model: str, kind: str, bound: float, other: dict) -> 
     exact, rounded = logits(model), logits(model, quantize=kind)
     assert 0 < np.abs(exact - rounded).max() < bound * np.ptp(exact)
     close(logits(model, quantize=kind, **other), rounded, 1e-4)
+
+
+def test_a_gpu_has_its_matrices_turned() -> None:
+    """One row in bfloat16 by the kernel, others and float32 by XLA: the same product."""
+    w = random(1024, 6, seed=5)
+    for dtype, rows, bound in ((jnp.bfloat16, 1, 1e-2), (jnp.bfloat16, 3, 1e-2), (jnp.float32, 1, 1e-6)):
+        x, made = random(rows, 1024, seed=6).astype(dtype), maker(None, ("embed", "mlp"), 1, GPU)(w.astype(dtype))
+        assert isinstance(made, Turned) and made.w.shape == (6, 1024)
+        y = jax.jit(lambda x, w: matmul(x, w, GPU))(x, made)
+        assert y.dtype == dtype
+        close(y.astype(jnp.float32), np.asarray(x, np.float64) @ np.asarray(w.astype(dtype), np.float64), bound)
+    experts = maker(None, ("experts", "embed", "mlp"), 1, GPU)
+    assert experts is None and maker(None, ("embed", "mlp"), 1, CPU) is None
+    with pytest.raises(UserError, match="no even number of groups of 32 in 2 parts"):
+        maker("mxfp4", ("mlp", "embed"), 2, GPU)(jnp.ones((192, 128)))
 
 
 def test_names_of_chips() -> None:

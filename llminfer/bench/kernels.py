@@ -236,8 +236,8 @@ def kernels(target: str | None, tune: bool, out: Path | None, only: str, progres
 
 
 def implementation(case: Case, platform: str) -> str:
-    """The body for a platform; off a TPU that is what XLA makes of the reference."""
-    return "pallas" if platform == "tpu" else "batched" if case.op == "paged_attention" else "reference"
+    """The body for a platform; where it has no kernel of its own, what XLA makes of the reference."""
+    return "pallas" if platform == "tpu" else "triton" if platform == "gpu" and case.op == "paged_attention" else "reference"
 
 
 def scheduled(case: Case, chip: str, blocks: dict[str, int] | None = None) -> dict[str, Any]:

@@ -163,8 +163,6 @@ LEGAL = Case(i4, 128, rows=2, inner=512)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(columns=200), "N=200"),
-        (dict(inner=192, group=32), "K a multiple of 128"),
         (dict(x=jnp.float16), "x of float16"),
         (dict(weights=jnp.int16), "w of int16"),
         (dict(group=16), "scale .* of int8"),
