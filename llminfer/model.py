@@ -13,9 +13,10 @@ from llminfer import moe
 from llminfer.batch import Batch
 from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
-from llminfer.layers import activate, norm, qk_norm, rope_tables, rotate, softcap
+from llminfer.layers import norm, qk_norm, rope_tables, rotate, softcap
+from llminfer.linear import Norm, add, linear, rows_product
 from llminfer.params import Layer, Params
-from llminfer.quant import QTensor, Stacked, matmul, rows_product
+from llminfer.quant import QTensor, Stacked
 from llminfer.target import Target
 from pallas_kernels.paged_attention import paged_attention
 from sharding.rules import partition
@@ -95,39 +96,44 @@ def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, ta
     """One decoder layer on x [T, D]; `index` is the layer's place in kv; kind: its page group, and which of ropes it uses (-1:
     none). An inner jit: equal layers trace once."""
     group, rope = kind
-    add = lambda x, y: x + (y if c.residual_scale == 1 else y * jnp.asarray(c.residual_scale, y.dtype))
-    y = norm(x, w.attn_norm, w.attn_norm_bias, c) if c.pre_norm else x
     with jax.named_scope("attention"):
         turns = [functools.partial(rotate, rope=table) for table in (ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None))]
-        attended, kv = _attention(w, y, kv, index, turns, batch, c, target, q_max, group)
-    if c.parallel:
-        y = y if c.shared_norm or not c.pre_norm else norm(x, w.mlp_norm, w.mlp_norm_bias, c)
-    else:
-        x = add(x, norm(attended, w.attn_post_norm, None, c) if c.post_norm else attended)
-        y = norm(x, w.mlp_norm, w.mlp_norm_bias, c) if c.pre_norm else x
+        attended, kv = _attention(w, x, kv, index, turns, batch, c, target, q_max, group)
+    if not c.parallel:
+        x = add(x, norm(attended, w.attn_post_norm, None, c), c) if c.post_norm else attended
     with jax.named_scope("mlp"):
-        y = _mlp(y, w.gate_up, w.down, w, c, target) if w.router is None else _experts(y, w, batch, c, target)
+        before = _attn_norm(w, c) if c.shared_norm or not c.pre_norm else (w.mlp_norm, w.mlp_norm_bias)
+        if w.router is None:
+            y = _mlp(x, before, w.gate_up, w.down, w, c, target, x if _just_added(c) else None)
+        else:
+            y = _experts(x, before, w, batch, c, target)
+            y = add(x, y, c) if _just_added(c) else y
     if c.parallel:
-        return add(x, attended + y), kv
-    return add(x, norm(y, w.mlp_post_norm, None, c) if c.post_norm else y), kv
+        return add(x, attended + y, c), kv
+    return add(x, norm(y, w.mlp_post_norm, None, c), c) if c.post_norm else y, kv
 
 
-def _mlp(x: jax.Array, gate_up: Any, down: Any, w: Layer, c: ModelConfig, target: Target) -> jax.Array:
-    y = _linear(x, gate_up, w.gate_up_bias, target)
-    if c.gated:
-        gate, up = jnp.split(y, 2, axis=-1)
-        y = activate(gate, c) * up
-    else:
-        y = activate(y, c)
-    return _linear(y, down, w.down_bias, target)
+def _attn_norm(w: Layer, c: ModelConfig) -> Norm | None:
+    return (w.attn_norm, w.attn_norm_bias) if c.pre_norm else None
 
 
-def _experts(x: jax.Array, w: Layer, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
+def _just_added(c: ModelConfig) -> bool:
+    """Whether what attention and mlp give is added to what they read, and nothing else is done with it."""
+    return not (c.parallel or c.post_norm)
+
+
+def _mlp(x: jax.Array, before: Norm | None, gate_up: Any, down: Any, w: Layer, c: ModelConfig, target: Target, residual: Any = None):
+    y = linear(x, gate_up, c, target, bias=w.gate_up_bias, before=before, act=True)
+    return linear(y, down, c, target, bias=w.down_bias, residual=residual)
+
+
+def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
     """What the experts of each token give, and those that all tokens share."""
+    x = x if before is None else norm(x, before[0], before[1], c)
     y = moe.experts(x, owned(batch), w.router, w.experts_gate_up, w.experts_down, c, target)
     if w.shared_gate_up is None:
         return y
-    shared = _mlp(x, w.shared_gate_up, w.shared_down, w, c, target)
+    shared = _mlp(x, None, w.shared_gate_up, w.shared_down, w, c, target)
     if w.shared_router is not None:
         precision = jax.lax.Precision.HIGHEST
         gate = jnp.dot(x, w.shared_router, precision=precision, preferred_element_type=jnp.float32)
@@ -142,9 +148,10 @@ def owned(batch: Batch) -> jax.Array:
 
 
 def _attention(w: Layer, x, kv, index, turns, batch: Batch, c: ModelConfig, target: Target, q_max: int, group: int):
-    """Attention of the normed x [T, D] with its projections; (y [T, D], kv). turns: the rotation, and that of queries for the sinks."""
+    """Attention of x [T, D] with its projections, the norm before them, and the addition of x where that is all that follows; ([T, D], kv).
+    turns: the rotation, and that of queries for the sinks."""
     tokens, heads, kv_heads, dim = x.shape[0], c.num_heads, c.num_kv_heads, c.head_dim
-    y = _linear(x, w.qkv, w.qkv_bias, target).reshape(tokens, kv_heads, heads // kv_heads + 2, dim)
+    y = linear(x, w.qkv, c, target, bias=w.qkv_bias, before=_attn_norm(w, c)).reshape(tokens, kv_heads, heads // kv_heads + 2, dim)
     q, k, v = y[:, :, :-2].reshape(tokens, heads, dim), y[:, :, -2], y[:, :, -1]
     q, k = qk_norm(q, w.q_norm, c), turns[0](qk_norm(k, w.k_norm, c))
     sinks: dict[str, Any] = {"q_sinks": turns[1](q)} if c.sinks[group] else {}
@@ -161,12 +168,7 @@ def _attention(w: Layer, x, kv, index, turns, batch: Batch, c: ModelConfig, targ
         kv = ScaledPages(*kv)
     else:
         y, kv = attend(q, k, v, kv, **rows)
-    return _linear(y.reshape(tokens, heads * dim), w.o, w.o_bias, target), kv
-
-
-def _linear(x: jax.Array, w: Any, bias: jax.Array | None, target: Target) -> jax.Array:
-    y = matmul(x, w, target)
-    return y if bias is None else y + bias
+    return linear(y.reshape(tokens, heads * dim), w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None), kv
 
 
 def _by_heads(attend: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -1,4 +1,4 @@
-"""Quantized weights, how they are made, and the one product that all matrices of the model go through."""
+"""Quantized weights, and how they are made."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from llminfer.errors import refuse
 from llminfer.target import Target
-from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
-from pallas_kernels.quantized_matmul_gpu import for_gpu, matvec_fits, matvec_gpu, quantized_matmul_gpu
-from pallas_kernels.weight_formats import LANES, MXFP4_GROUP, mxfp4_values, quantize_mxfp4, values
-from sharding.rules import partition
+from pallas_kernels.quantized_matmul_gpu import for_gpu
+from pallas_kernels.weight_formats import MXFP4_GROUP, mxfp4_values, quantize_mxfp4, values
 
 GROUPS = (128, 64, 32)  # inputs that share a scale of int4, the first that divides
 
@@ -125,71 +122,3 @@ def _quantizer(kind: str | None, axes: tuple[str, ...], ways: int, target: Targe
         dtype = jnp.int8 if target.platform == "cpu" else jnp.int4
         return functools.partial(quantize_int4, axes=axes[-2:], ways=ways, dtype=dtype)
     return functools.partial(quantize_int8, axes=axes[-2:], by_token=kind == "w8a8")
-
-
-def matmul(x: jax.Array, w: Any, target: Target) -> jax.Array:
-    """x [T, in] times w [in, out] (an array, Turned, a QTensor, or Stacked QTensor), in x's dtype, summed in float32.
-
-    A TPU multiplies quantized weights as they are, by the kernel that picks a layer out of its stack. On a CPU, where a conversion of
-    the weights costs more than it saves, x is rounded to int8 by token whenever a channel has one scale."""
-    if isinstance(w, Turned):
-        return rows_product(x, w.w, target).astype(x.dtype)
-    if not isinstance(w, (QTensor, Stacked)):
-        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        y = lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-        return y.astype(x.dtype)
-    whole, layer = stack_of(w)
-    if whole.turned or target.body != "reference":
-        product = functools.partial(_turned_product if whole.turned else _by_kernel, by_token=whole.by_token, target=target)
-        return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target.mesh)
-    if target.platform == "cpu" and whole.scale.shape[-2] == 1:
-        return _int8_on_cpu(x, w if isinstance(w, QTensor) else jax.tree.map(lambda leaf: leaf[layer], whole))
-    return quantized_matmul_reference(x, whole.q, whole.scale, layer=layer, quantize_x=whole.by_token)
-
-
-def rows_product(x: jax.Array, w: jax.Array, target: Target) -> jax.Array:
-    """float32 [T, out] of x [T, in] and w [out, in]. One row is multiplied by a kernel on a GPU, which reads w faster than XLA's."""
-    one = target.turned and target.mesh is None and x.shape[0] == 1 and x.dtype == w.dtype == jnp.bfloat16
-    if one and matvec_fits(*w.shape):
-        return matvec_gpu(x, w, interpret=target.interpret)
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-
-
-def _turned_product(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:
-    whole: Any = 0 if q.shape[0] == 1 else layer  # a number is better than one that a kernel must read
-    return quantized_matmul_gpu(x, q, scale, layer=whole, quantize_x=by_token, interpret=target.interpret)
-
-
-def _by_kernel(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:
-    """Sizes that are no multiples of a register's lanes, or groups that are none of the kernel's, are left to XLA."""
-    inner, out = x.shape[1], q.shape[2]
-    fits = inner % LANES == 0 and out % LANES == 0 and (scale.shape[1] == 1 or inner // scale.shape[1] in GROUPS)
-    if not fits:
-        return quantized_matmul_reference(x, q, scale, layer=layer, quantize_x=by_token)
-    return quantized_matmul(x, q, scale, layer=layer, quantize_x=by_token, chip=target.chip, impl=target.kernels)
-
-
-def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
-    """The product with w split over the mesh as its axes say, since a kernel is not split by XLA: columns give columns, and what rows
-    give is added up. With by_token each part of a row has a scale of its own."""
-    rows, columns = (axis for axis in partition(w.axes))
-    many = w.scale.shape[1] > 1
-
-    def body(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array) -> jax.Array:
-        y = product(x, q, scale, layer)
-        return y if rows is None else lax.psum(y, rows)
-
-    spec = jax.sharding.PartitionSpec
-    stored = (columns, rows) if w.turned else (rows, columns)
-    specs = (spec(None, rows), spec(None, *stored), spec(None, rows if many else None, columns), spec())
-    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=spec(None, columns), check_vma=False)(x, w.q, w.scale, layer)
-
-
-def _int8_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:
-    """int8 x int8, x rounded by token. XLA:CPU has a fast such product for two rows and more, and none for one."""
-    whole, amount = quantize_rows(x)
-    rows = max(2, x.shape[0])
-    whole = jnp.pad(whole, ((0, rows - x.shape[0]), (0, 0)))
-    y = lax.dot_general(whole, w.q, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)[: x.shape[0]]
-    return (y.astype(jnp.float32) * amount * w.scale).astype(x.dtype)

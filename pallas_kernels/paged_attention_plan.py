@@ -3,6 +3,7 @@ paged_attention_tpu.py for the algorithm."""
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -122,7 +123,9 @@ def tuned_blocks(chip: str | None, q, kv, q_max: int) -> dict[str, int]:
     tokens of a query tile}; empty for nothing, and for float32, which needs more VMEM."""
     if not chip or q.dtype.itemsize != 2:
         return {}
-    about = dict(kv_heads=kv.shape[2], group=q.shape[1] // kv.shape[2], head_dim=q.shape[2], page=kv.shape[3], dtype=str(kv.dtype))
+    about: dict[str, Any] = dict(
+        kv_heads=kv.shape[2], group=q.shape[1] // kv.shape[2], head_dim=q.shape[2], page=kv.shape[3], dtype=str(kv.dtype)
+    )
     return lookup("paged_attention", chip, kind="decode" if q_max == 1 else "tiles", **about) or {}
 
 

@@ -238,7 +238,7 @@ def _asm(text, constraints, pack, to, *args):
     return plgpu.elementwise_inline_asm(text, args=args, constraints=constraints, pack=pack, result_shape_dtypes=[like])[0]
 
 
-def _unpack(kind, t, interpret):
+def unpack(kind, t, interpret):
     """Stored numbers as bfloat16, exactly: [all] or, of two to a byte, [low nibbles, high nibbles]; MXFP4 times 4."""
     if kind == "int8":
         return [t.astype(bf16)]
@@ -290,7 +290,7 @@ def _kernel(*refs, site: Site):
         of, acc = carried
         k = part * span + i * tiles.depth
         coming = scales(i + 1) if group else []
-        for j, values in enumerate(_unpack(site.kind, load(w.at[layer, rows, pl.ds(k, tiles.depth)]), site.interpret)):
+        for j, values in enumerate(unpack(site.kind, load(w.at[layer, rows, pl.ds(k, tiles.depth)]), site.interpret)):
             if before:
                 by = jnp.broadcast_to(of[j].astype(bf16).T[:, :, None], (tiles.rows, of[j].shape[0], group)).reshape(values.shape)
                 values = values * by if site.interpret else _asm(_MULTIPLY, "=r,r,r", 2, bf16, values, by)
@@ -336,43 +336,3 @@ def run(x, w, scale, tiles: Tiles, *, kind, layer: Any = 0, out=None, interpret=
         interpret=interpret,
         name="quantized_matmul_gpu",
     )(*args)
-
-
-def _matvec_depth(inner: int) -> int:
-    """Numbers of a row in one load, 0 if there are none."""
-    return next((size for size in (4096, 2048, 1024) if inner % size == 0), 0)
-
-
-def matvec_fits(columns: int, inner: int) -> bool:
-    """Whether matvec_gpu takes w of this shape."""
-    return columns % 2 == 0 and _matvec_depth(inner) > 0 and inner // _matvec_depth(inner) <= 16
-
-
-def matvec_gpu(x, w, *, interpret=False) -> jax.Array:
-    """x [1, K] times w [N, K], both bfloat16: float32 [1, N]. K a multiple of 1024, and N of 2. A program asks for all of its two rows
-    of w at once; a barrier keeps the compiler from moving the loads down to their use, one after the other."""
-    columns, inner = w.shape
-    if x.shape != (1, inner) or not matvec_fits(columns, inner) or x.dtype != bf16 or w.dtype != bf16:
-        raise ValueError(f"x {x.dtype} {x.shape}, w {w.dtype} {w.shape}: must be bfloat16 [1, K] and [N, K], K a multiple of 1024, N of 2")
-
-    depth = _matvec_depth(inner)
-
-    def kernel(x, w, out):
-        rows = pl.ds(pl.program_id(0) * 2, 2)
-        held = [load(w.at[rows, pl.ds(k, depth)]) for k in range(0, inner, depth)]
-        if not interpret:
-            plgpu.debug_barrier()
-        acc = jnp.zeros((2, depth), f32)
-        for i, t in enumerate(held):
-            acc += t.astype(f32) * load(x.at[jnp.int32(0), pl.ds(i * depth, depth)]).astype(f32)[None, :]
-        plgpu.store(out.at[rows], acc.sum(axis=1))
-
-    call = pl.pallas_call(
-        kernel,
-        grid=(columns // 2,),
-        out_shape=jax.ShapeDtypeStruct((columns,), f32),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
-        interpret=interpret,
-        name="matvec_gpu",
-    )
-    return call(x, w)[None]

@@ -1,6 +1,6 @@
 """Products of few rows with a model's matrices on a GPU: how near to the card's read bandwidth they come, and with which tiles.
 
-    PYTHONPATH=. python tests/bench_gpu_matmul.py [--only check,probe,sweep,xla,matvec,layers] [--seconds 120] [--out results.json]
+    PYTHONPATH=. python tests/bench_gpu_matmul.py [--only check,probe,sweep,xla,matvec,one_row,layers] [--seconds 120] [--out results.json]
 
 Checks numbers against float64, reads 2 GB for the bandwidth, and times, by type, shape and rows: candidates of tiles for the kernel, what
 XLA makes of weights by channel, and chains of whole layers. A chain feeds each product's result to the next through an elementwise
@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import matvec_gpu as one_row
 from pallas_kernels import quantized_matmul_gpu as gpu
 from pallas_kernels.quantized_matmul_gpu import Tiles, for_gpu, quantized_matmul_gpu
 from pallas_kernels.weight_formats import values
 
 bf16, f32 = jnp.bfloat16, jnp.float32
-PARTS = "check,probe,sweep,xla,matvec,layers"
+PARTS = "check,probe,sweep,xla,matvec,one_row,layers"
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096), "head": (4096, 128256)}
 STORED = {"int8": jnp.int8, "float8_e4m3fn": jnp.float8_e4m3fn, "int4": jnp.int8, "mxfp4": jnp.uint8, "bfloat16": bf16}
 GROUP = {"int4": 128, "mxfp4": 32}
@@ -66,7 +67,7 @@ def entry(kind: str, how: str, x: Any, w: Any, scale: Any) -> Any:
     if kind != "bfloat16":
         return quantized_matmul_gpu(x, w, scale, quantize_x=how == "whole")
     if how == "matvec":
-        return gpu.matvec_gpu(x, w[0]).astype(bf16)
+        return one_row.matvec_gpu(x, w[0]).astype(bf16)
     return lax.dot_general(x, w[0], (((1,), (1,)), ((), ())), preferred_element_type=f32).astype(bf16)
 
 
@@ -230,11 +231,60 @@ def layers(kind: str, rows: int, rate: float, how: str = "entry", many: int = 8)
     note(f"32 layers, {kind} {how}, {rows} rows: {1e3 * took:.3f} ms, reading alone {1e3 * floor:.3f} ms")
 
 
+def matvec_tiles() -> list[Any]:
+    """(type, product of a layer or the head, tiles) that are tried for one row."""
+    found = []
+    for dtype in ("bfloat16", "int8", "float8_e4m3fn"):
+        for name, (inner, columns) in SHAPES.items():
+            gated, size = name == "gate_up", 2 if dtype == "bfloat16" else 1
+            for rows, depth, warps in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8, 16)):
+                each = rows * (2 if gated else 1) * inner * size // (32 * warps)  # bytes of w that a thread holds
+                if inner % depth == 0 and 64 <= each <= 512 and depth * rows * size >= 512 * warps and columns % (2 * rows) == 0:
+                    found.append((dtype, name, one_row.Tiles(rows, depth, warps)))
+    return found
+
+
+def one_row_sweep(rate: float, deadline: float, dtypes: str) -> None:
+    """Products of one row with what a layer fuses with them, by all tiles: shares of the probe."""
+    note("product of one row: tiles (rows, depth, warps), us, share of the probe")
+    for dtype, name in itertools.product(dtypes.split(","), SHAPES):
+        todo = [tiles for d, n, tiles in matvec_tiles() if (d, n) == (dtype, name)]
+        found = sorted(one_row_times(dtype, name, todo, deadline))
+        size = bytes_of(dtype, *SHAPES[name])
+        best = [f"{tuple(tiles)} {1e6 * took:.2f} {size / took / rate:.3f}" for took, tiles in found[:4]]
+        note(f"{dtype} {name}: {len(found)} of {len(todo)};", "; ".join(best))
+
+
+def one_row_times(dtype: str, name: str, todo: list[Any], deadline: float, threads: int = 14) -> list[Any]:
+    """(seconds, tiles) of one product by each of the tiles that compile."""
+    inner, columns = SHAPES[name]
+    many = max(1, min(24, (2 << 30) // bytes_of(dtype, inner, columns)))
+    weights = [make(dtype, inner, columns, jax.random.key(i)) for i in range(many)]
+    weights = [(w[0], None if dtype == "bfloat16" else s.reshape(-1)) for w, s in weights]
+    x, norm = jax.random.normal(jax.random.key(0), (1, inner), f32).astype(bf16), jnp.ones(inner, bf16)
+    how: dict[str, Any] = dict(norm=norm, eps=1e-5) if name in ("qkv", "gate_up") else {}
+    how |= dict(residual=jnp.ones((1, columns), bf16)) if name in ("o", "down") else {}
+    how |= dict(gate="silu") if name == "gate_up" else {}
+    how["out"] = f32 if name == "head" else bf16
+
+    def build(tiles: Any) -> Any:
+        call = jax.jit(lambda x, weights: [one_row.matvec_gpu(x, w, scale=s, tiles=tiles, **how) for w, s in weights])
+        try:
+            return call.lower(x, weights).compile()
+        except Exception as error:
+            return str(error).splitlines()[0][:80]
+
+    with ThreadPoolExecutor(threads) as pool:
+        calls = list(pool.map(build, todo))
+    good = [(tiles, call) for tiles, call in zip(todo, calls) if not isinstance(call, str)]
+    return [(seconds(call, x, weights) / many, tiles) for tiles, call in good if time.time() < deadline]
+
+
 def matvec(rate: float) -> None:
     """The bfloat16 head [V, D] at one row, by a kernel."""
     w, _ = make("bfloat16", *SHAPES["head"], jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, w.shape[2]), f32).astype(bf16)
-    call = jax.jit(lambda x, w: gpu.matvec_gpu(x, w[0]))
+    call = jax.jit(lambda x, w: one_row.matvec_gpu(x, w[0]))
     want = lax.dot_general(x, w[0], (((1,), (1,)), ((), ())), preferred_element_type=f32)
     error = float(jnp.abs(call(x, w) - want).max() / jnp.abs(want).max())
     note(f"head, matvec_gpu: {w.nbytes / seconds(call, x, w) / rate:.3f} of the probe, error {error:.0e}")
@@ -245,6 +295,7 @@ def main() -> None:
     parser.add_argument("--only", default=PARTS, help=f"of {PARTS}")
     parser.add_argument("--seconds", type=float, default=120, help="after which no more candidates are compiled")
     parser.add_argument("--out", help="where all times are written, as JSON")
+    parser.add_argument("--types", default="bfloat16,int8,float8_e4m3fn", help="one_row: of weights")
     args = parser.parse_args()
     note(jax.__version__, jax.devices()[0].device_kind)
     parts, deadline, results = args.only.split(","), START + args.seconds, []
@@ -261,6 +312,8 @@ def main() -> None:
             json.dump(dict(rate=rate, results=results), file)
     if "matvec" in parts:
         matvec(rate)
+    if "one_row" in parts:
+        one_row_sweep(rate, deadline, args.types)
     if "layers" in parts:
         for kind, rows in (("int8", 1), ("int8", 64), ("float8_e4m3fn", 1), ("int4", 1), ("int4", 16), ("int4", 64), ("mxfp4", 1)):
             layers(kind, rows, rate)

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from llminfer import LLM
 from llminfer.errors import UserError
-from llminfer.quant import QTensor, Stacked, Turned, dequantize, maker, matmul, quantize_int4, quantize_int8, quantize_to_mxfp4
+from llminfer.linear import matmul
+from llminfer.quant import QTensor, Stacked, Turned, dequantize, maker, quantize_int4, quantize_int8, quantize_to_mxfp4
 from llminfer.target import Target, chip_of
 
 CPU = Target.of("cpu")

@@ -76,7 +76,7 @@ CASES = [
 ]
 # For the tuner: heads of models beside Llama-3.1-8B's; Llama-3.1-8B's matrices, and those of Qwen3-30B-A3B's attention and experts (8 of
 # 128 for a token).
-HEADS = {
+HEADS: dict[str, Any] = {
     "qwen3_30b": dict(heads=32, kv_heads=4, dim=128),
     "gemma3_4b": dict(heads=8, kv_heads=4, dim=256),
     "llama3_1b": dict(heads=32, kv_heads=8, dim=64),

@@ -1,0 +1,140 @@
+"""The one product that all matrices of the model go through, and what a layer does before and after it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from llminfer.config import ModelConfig
+from llminfer.layers import activate, norm
+from llminfer.quant import GROUPS, QTensor, Stacked, Turned, stack_of
+from llminfer.target import Target
+from pallas_kernels import matvec_gpu as gpu
+from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
+from pallas_kernels.quantized_matmul_gpu import quantized_matmul_gpu
+from pallas_kernels.weight_formats import LANES
+from sharding.rules import partition
+
+Norm = tuple[jax.Array, jax.Array | None]  # weight and bias
+
+
+def linear(
+    x: jax.Array,
+    w: Any,
+    c: ModelConfig,
+    target: Target,
+    *,
+    bias: jax.Array | None = None,
+    before: Norm | None = None,
+    act: bool = False,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """residual + act(norm(x) @ w + bias) of x [T, in], each part if asked for: before, the norm's weights; act, the mlp's activation,
+    of the first half times the second where the model's mlp is gated. On a GPU all of it is one kernel for one row."""
+    plain = bias is None and (before is None or (c.norm == "rms" and before[1] is None)) and (residual is None or c.residual_scale == 1)
+    if plain and (not act or (c.gated and c.activation in gpu.ACTIVATIONS)):
+        gate = c.activation if act else None
+        held = _for_one_row(x, w, target, gate)
+        if held is not None:
+            how: dict[str, Any] = {} if before is None else dict(norm=before[0], eps=c.norm_eps, offset=float(c.norm_offset))
+            return gpu.matvec_gpu(x, **held, **how, gate=gate, residual=residual, out=x.dtype, interpret=target.interpret)
+    y = matmul(x if before is None else norm(x, before[0], before[1], c), w, target)
+    y = y if bias is None else y + bias
+    if act and c.gated:
+        left, right = jnp.split(y, 2, axis=-1)
+        y = activate(left, c) * right
+    elif act:
+        y = activate(y, c)
+    return y if residual is None else add(residual, y, c)
+
+
+def add(x: jax.Array, y: jax.Array, c: ModelConfig) -> jax.Array:
+    """x + y as the model adds what a layer gives to what goes around it."""
+    return x + (y if c.residual_scale == 1 else y * jnp.asarray(c.residual_scale, y.dtype))
+
+
+def _for_one_row(x: jax.Array, w: Any, target: Target, gate: str | None = None) -> dict[str, Any] | None:
+    """The weights as the kernel for one row takes them, None where it does not."""
+    if not target.turned or target.mesh is not None or x.shape[0] != 1 or x.dtype != jnp.bfloat16:
+        return None
+    if isinstance(w, QTensor):
+        by_channel = w.turned and not w.by_token and w.scale.shape[-2] == 1
+        held: dict[str, Any] = dict(w=w.q, scale=w.scale[0]) if by_channel and w.q.ndim == 2 else {}
+    else:
+        held = dict(w=w.w) if isinstance(w, Turned) else {}
+    fits = bool(held) and held["w"].dtype in gpu.KINDS and gpu.matvec_fits(held["w"].shape[0], held["w"].shape[1], gate)
+    return held if fits else None
+
+
+def matmul(x: jax.Array, w: Any, target: Target) -> jax.Array:
+    """x [T, in] times w [in, out] (an array, Turned, a QTensor, or Stacked QTensor), in x's dtype, summed in float32.
+
+    A TPU multiplies quantized weights as they are, by the kernel that picks a layer out of its stack. On a CPU, where a conversion of
+    the weights costs more than it saves, x is rounded to int8 by token whenever a channel has one scale."""
+    if isinstance(w, Turned):
+        return rows_product(x, w.w, target, x.dtype)
+    if not isinstance(w, (QTensor, Stacked)):
+        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        y = lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        return y.astype(x.dtype)
+    whole, layer = stack_of(w)
+    if whole.turned or target.body != "reference":
+        product = functools.partial(_turned_product if whole.turned else _by_kernel, by_token=whole.by_token, target=target)
+        return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target.mesh)
+    if target.platform == "cpu" and whole.scale.shape[-2] == 1:
+        return _int8_on_cpu(x, w if isinstance(w, QTensor) else jax.tree.map(lambda leaf: leaf[layer], whole))
+    return quantized_matmul_reference(x, whole.q, whole.scale, layer=layer, quantize_x=whole.by_token)
+
+
+def rows_product(x: jax.Array, w: jax.Array, target: Target, out: Any = jnp.float32) -> jax.Array:
+    """[T, out] of x [T, in] and w [out, in], in the type `out`, summed in float32."""
+    held = _for_one_row(x, Turned(w), target)
+    if held is not None:
+        return gpu.matvec_gpu(x, **held, out=out, interpret=target.interpret)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    # cuBLAS sums in float32 whatever it returns, and a conversion after it would be a pass over memory of its own.
+    wide = out if target.platform == "gpu" else jnp.float32
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=wide).astype(out)
+
+
+def _turned_product(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:
+    whole: Any = 0 if q.shape[0] == 1 else layer  # a number is better than one that a kernel must read
+    return quantized_matmul_gpu(x, q, scale, layer=whole, quantize_x=by_token, interpret=target.interpret)
+
+
+def _by_kernel(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:
+    """Sizes that are no multiples of a register's lanes, or groups that are none of the kernel's, are left to XLA."""
+    inner, out = x.shape[1], q.shape[2]
+    fits = inner % LANES == 0 and out % LANES == 0 and (scale.shape[1] == 1 or inner // scale.shape[1] in GROUPS)
+    if not fits:
+        return quantized_matmul_reference(x, q, scale, layer=layer, quantize_x=by_token)
+    return quantized_matmul(x, q, scale, layer=layer, quantize_x=by_token, chip=target.chip, impl=target.kernels)
+
+
+def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+    """The product with w split over the mesh as its axes say, since a kernel is not split by XLA: columns give columns, and what rows
+    give is added up. With by_token each part of a row has a scale of its own."""
+    rows, columns = (axis for axis in partition(w.axes))
+    many = w.scale.shape[1] > 1
+
+    def body(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array) -> jax.Array:
+        y = product(x, q, scale, layer)
+        return y if rows is None else lax.psum(y, rows)
+
+    spec = jax.sharding.PartitionSpec
+    stored = (columns, rows) if w.turned else (rows, columns)
+    specs = (spec(None, rows), spec(None, *stored), spec(None, rows if many else None, columns), spec())
+    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=spec(None, columns), check_vma=False)(x, w.q, w.scale, layer)
+
+
+def _int8_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:
+    """int8 x int8, x rounded by token. XLA:CPU has a fast such product for two rows and more, and none for one."""
+    whole, amount = quantize_rows(x)
+    rows = max(2, x.shape[0])
+    whole = jnp.pad(whole, ((0, rows - x.shape[0]), (0, 0)))
+    y = lax.dot_general(whole, w.q, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)[: x.shape[0]]
+    return (y.astype(jnp.float32) * amount * w.scale).astype(x.dtype)
