@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -39,6 +39,8 @@ SLOWED = 2.5
 # Steps of a profile; more would make it too large to look at.
 PROFILED_STEPS = 50
 _WRITTEN = 1 << 62
+# Sequences of a loop that are not likely to end all of them before it does.
+MANY = 4
 
 
 class NoRoom(UserError):
@@ -107,9 +109,10 @@ class Engine:
 
     @functools.cached_property
     def _decode(self) -> list[Program]:
-        """Row buckets: one sequence alone, a few, all slots."""
+        """Row buckets: one sequence alone, a few, many, all slots; more of them where they compile fast."""
         slots = self.settings.slots
-        return [Program("decode", self._shape(rows, rows)) for rows in sorted({1, min(8, slots), slots})]
+        sizes = {1, 8, 64, slots} | (set() if self.target.branches else {32, 128})
+        return [Program("decode", self._shape(rows, rows)) for rows in sorted({min(rows, slots) for rows in sizes})]
 
     @functools.cached_property
     def _logits(self) -> Program:
@@ -128,12 +131,24 @@ class Engine:
         tokens of a prompt, and sequences at once; 0 for none), only what that needs. What is left out is compiled when it is met."""
         if expect is None:
             first, *rest = self._mixed
-            self.programs.want([first, self._decode[0], *rest, *self._decode[1:], self._writer])
+            self.programs.want([*self._variants(first, self._decode[0], *rest, *self._decode[1:]), self._writer])
             return
         tokens, sequences = expect
         chunks = {tokens % self.settings.chunk, min(tokens, self.settings.chunk)} - {0}
         decode = [self._fit(self._decode, sequences)] if sequences else []
-        self.programs.want([*(self._fit(self._mixed, n) for n in sorted(chunks)), *decode])
+        self.programs.want(self._variants(*(self._fit(self._mixed, n) for n in sorted(chunks)), *decode))
+
+    def _variants(self, *programs: Program) -> list[Program]:
+        """Each program, where branches cost something after the plain one."""
+        return [variant for p in programs for variant in ([p] if self.target.branches else [replace(p, plain=True), p])]
+
+    def _is_plain(self, plan: Plan) -> bool:
+        """Whether the plain program will do. A loop of it cannot be left early: for few sequences, which may all end, only if none can."""
+        if self.target.branches or not all(item.seq.request.params.plain for item in plan.items):
+            return False
+        ends = any(item.seq.request.end_ids for item in plan.items)
+        whole = plan.steps == self.settings.decode_steps and not plan.eager and (len(plan.items) >= MANY or not ends)
+        return whole or not plan.steps
 
     @staticmethod
     def _fit(programs: list[Program], tokens: int) -> Program:
@@ -250,8 +265,8 @@ class Engine:
             self._flight = self._send(plan)
         if flight is not None:
             touched += self._land(flight)
-        if not self.target.ahead:
-            touched += self.settle()
+        if self._flight and not (self.target.branches or self._flight.program.plain):
+            touched += self.settle()  # it was waited for already
         return touched
 
     def _rest(self) -> int:
@@ -277,6 +292,7 @@ class Engine:
 
     def _send(self, plan: Plan) -> _Flight:
         program = self._fit(self._decode, len(plan.items)) if plan.steps else self._fit(self._mixed, sum(i.count for i in plan.items))
+        program = replace(program, plain=self._is_plain(plan))
         compiled = self.programs.get(program)
         for item in plan.items:
             if item.seq.request.params.penalises:
@@ -452,7 +468,7 @@ class Engine:
         times = {kind: histogram.snapshot() for kind, histogram in self._times.items()}
         return {
             "compiles_after_warmup": self._compiled[0],
-            "programs": {f"{p.kind}_{p.shape.tokens}": round(s, 3) for p, s in self.programs.seconds.items()},
+            "programs": {p.name: round(s, 3) for p, s in self.programs.seconds.items()},
             "compile_s": round(sum(self.programs.seconds.values()), 3),
             "pages_free": self.pages.free,
             "pages_total": self.pages.total,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,20 @@ from llminfer.layers import activate, norm
 from llminfer.quant import GROUPS, QTensor, Stacked, Turned, stack_of
 from llminfer.target import Target
 from pallas_kernels import matvec_gpu as gpu
+from pallas_kernels.add_norm_gpu import add_norm_gpu
 from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
-from pallas_kernels.quantized_matmul_gpu import quantized_matmul_gpu
+from pallas_kernels.quantized_matmul_gpu import many_rows_tiles, quantized_matmul_gpu, run
 from pallas_kernels.weight_formats import LANES
 from sharding.rules import partition
 
 Norm = tuple[jax.Array, jax.Array | None]  # weight and bias
+
+
+class Sum(NamedTuple):
+    """x + y, which what reads it adds up: together with its norm, on a GPU."""
+
+    x: jax.Array
+    y: jax.Array
 
 
 def linear(
@@ -32,16 +40,17 @@ def linear(
     before: Norm | None = None,
     act: bool = False,
     residual: jax.Array | None = None,
-) -> jax.Array:
+) -> Any:
     """residual + act(norm(x) @ w + bias) of x [T, in], each part if asked for: before, the norm's weights; act, the mlp's activation,
-    of the first half times the second where the model's mlp is gated. On a GPU all of it is one kernel for one row."""
+    of the first half times the second where the model's mlp is gated. On a GPU all of it is one kernel for one row; for others the residual
+    comes back as a Sum, to be given to `entered`."""
     plain = bias is None and (before is None or (c.norm == "rms" and before[1] is None)) and (residual is None or c.residual_scale == 1)
     if plain and (not act or (c.gated and c.activation in gpu.ACTIVATIONS)):
         gate = c.activation if act else None
         held = _for_one_row(x, w, target, gate)
         if held is not None:
             how: dict[str, Any] = {} if before is None else dict(norm=before[0], eps=c.norm_eps, offset=float(c.norm_offset))
-            return gpu.matvec_gpu(x, **held, **how, gate=gate, residual=residual, out=x.dtype, interpret=target.interpret)
+            return gpu.matvec_gpu(x, held, **how, gate=gate, residual=residual, out=x.dtype, interpret=target.interpret)
     y = matmul(x if before is None else norm(x, before[0], before[1], c), w, target)
     y = y if bias is None else y + bias
     if act and c.gated:
@@ -49,7 +58,24 @@ def linear(
         y = activate(left, c) * right
     elif act:
         y = activate(y, c)
-    return y if residual is None else add(residual, y, c)
+    if residual is None:
+        return y
+    return Sum(residual, y) if _sums_later(residual, c, target) else add(residual, y, c)
+
+
+def _sums_later(x: jax.Array, c: ModelConfig, target: Target) -> bool:
+    own = target.turned and target.mesh is None and not target.stacked and x.dtype == jnp.bfloat16
+    return own and c.norm == "rms" and not c.norm_bias and c.residual_scale == 1
+
+
+def entered(x: Any, before: Norm | None, c: ModelConfig, target: Target) -> tuple[jax.Array, jax.Array, Norm | None]:
+    """What goes into attention or mlp of a stream x, an array or a Sum: (x as an array, what is read of it, the norm that this still
+    needs)."""
+    if not isinstance(x, Sum):
+        return x, x, before
+    if before is None:
+        return x.x + x.y, x.x + x.y, None
+    return *add_norm_gpu(x.x, x.y, before[0], eps=c.norm_eps, offset=float(c.norm_offset), interpret=target.interpret), None
 
 
 def add(x: jax.Array, y: jax.Array, c: ModelConfig) -> jax.Array:
@@ -57,17 +83,14 @@ def add(x: jax.Array, y: jax.Array, c: ModelConfig) -> jax.Array:
     return x + (y if c.residual_scale == 1 else y * jnp.asarray(c.residual_scale, y.dtype))
 
 
-def _for_one_row(x: jax.Array, w: Any, target: Target, gate: str | None = None) -> dict[str, Any] | None:
+def _for_one_row(x: jax.Array, w: Any, target: Target, gate: str | None = None) -> Any:
     """The weights as the kernel for one row takes them, None where it does not."""
     if not target.turned or target.mesh is not None or x.shape[0] != 1 or x.dtype != jnp.bfloat16:
         return None
-    if isinstance(w, QTensor):
-        by_channel = w.turned and not w.by_token and w.scale.shape[-2] == 1
-        held: dict[str, Any] = dict(w=w.q, scale=w.scale[0]) if by_channel and w.q.ndim == 2 else {}
-    else:
-        held = dict(w=w.w) if isinstance(w, Turned) else {}
-    fits = bool(held) and held["w"].dtype in gpu.KINDS and gpu.matvec_fits(held["w"].shape[0], held["w"].shape[1], gate)
-    return held if fits else None
+    if not isinstance(w, Turned) or w.w.dtype != jnp.bfloat16:
+        return None
+    columns, inner = w.w.shape
+    return w.w if gpu.matvec_fits(columns, inner, gate) else None
 
 
 def matmul(x: jax.Array, w: Any, target: Target) -> jax.Array:
@@ -94,7 +117,11 @@ def rows_product(x: jax.Array, w: jax.Array, target: Target, out: Any = jnp.floa
     """[T, out] of x [T, in] and w [out, in], in the type `out`, summed in float32."""
     held = _for_one_row(x, Turned(w), target)
     if held is not None:
-        return gpu.matvec_gpu(x, **held, out=out, interpret=target.interpret)
+        return gpu.matvec_gpu(x, held, out=out, interpret=target.interpret)
+    tiles = many_rows_tiles("bfloat16", x.shape[0], *w.shape) if target.turned and x.dtype == w.dtype == jnp.bfloat16 else None
+    if tiles and target.mesh is None:
+        sums = run(x, w[None], None, tiles, kind="bfloat16", out=out, interpret=target.interpret)
+        return functools.reduce(jnp.add, list(sums)).astype(out)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     # cuBLAS sums in float32 whatever it returns, and a conversion after it would be a pass over memory of its own.
     wide = out if target.platform == "gpu" else jnp.float32

@@ -14,7 +14,7 @@ from llminfer.batch import Batch
 from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
 from llminfer.layers import norm, qk_norm, rope_tables, rotate, softcap
-from llminfer.linear import Norm, add, linear, rows_product
+from llminfer.linear import Norm, add, entered, linear, rows_product
 from llminfer.params import Layer, Params
 from llminfer.quant import QTensor, Stacked
 from llminfer.target import Target
@@ -42,7 +42,8 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
             x, own = layer(weights, x, groups[group][place], jnp.int32(0), kind=kind)
             groups[group] = (*groups[group][:place], own, *groups[group][place + 1 :])
     with jax.named_scope("final_norm"):
-        return norm(x, params.final_norm, params.final_norm_bias, c), KVCache(tuple(groups))
+        _, y, before = entered(x, (params.final_norm, params.final_norm_bias), c, target)
+        return norm(y, before[0], before[1], c) if before else y, KVCache(tuple(groups))
 
 
 def _ropes(batch: Batch, c: ModelConfig) -> tuple[Any, ...]:
@@ -98,15 +99,17 @@ def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, ta
     group, rope = kind
     with jax.named_scope("attention"):
         turns = [functools.partial(rotate, rope=table) for table in (ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None))]
-        attended, kv = _attention(w, x, kv, index, turns, batch, c, target, q_max, group)
+        x, *read = entered(x, _attn_norm(w, c), c, target)
+        attended, kv = _attention(w, (x, *read), kv, index, turns, batch, c, target, q_max, group)
     if not c.parallel:
         x = add(x, norm(attended, w.attn_post_norm, None, c), c) if c.post_norm else attended
     with jax.named_scope("mlp"):
-        before = _attn_norm(w, c) if c.shared_norm or not c.pre_norm else (w.mlp_norm, w.mlp_norm_bias)
+        own = _attn_norm(w, c) if c.shared_norm or not c.pre_norm else (w.mlp_norm, w.mlp_norm_bias)
+        x, y, before = entered(x, own, c, target)
         if w.router is None:
-            y = _mlp(x, before, w.gate_up, w.down, w, c, target, x if _just_added(c) else None)
+            y = _mlp(y, before, w.gate_up, w.down, w, c, target, x if _just_added(c) else None)
         else:
-            y = _experts(x, before, w, batch, c, target)
+            y = _experts(y, before, w, batch, c, target)
             y = add(x, y, c) if _just_added(c) else y
     if c.parallel:
         return add(x, attended + y, c), kv
@@ -147,11 +150,12 @@ def owned(batch: Batch) -> jax.Array:
     return ((row >= batch.q_start) & (row < batch.q_start + batch.q_len)).any(1)
 
 
-def _attention(w: Layer, x, kv, index, turns, batch: Batch, c: ModelConfig, target: Target, q_max: int, group: int):
-    """Attention of x [T, D] with its projections, the norm before them, and the addition of x where that is all that follows; ([T, D], kv).
-    turns: the rotation, and that of queries for the sinks."""
+def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, target: Target, q_max: int, group: int):
+    """Attention with its projections, the norm before them, and the addition of the stream where that is all that follows; ([T, D], kv).
+    entry: what `entered` gave. turns: the rotation, and that of queries for the sinks."""
+    x, y, before = entry
     tokens, heads, kv_heads, dim = x.shape[0], c.num_heads, c.num_kv_heads, c.head_dim
-    y = linear(x, w.qkv, c, target, bias=w.qkv_bias, before=_attn_norm(w, c)).reshape(tokens, kv_heads, heads // kv_heads + 2, dim)
+    y = linear(y, w.qkv, c, target, bias=w.qkv_bias, before=before).reshape(tokens, kv_heads, heads // kv_heads + 2, dim)
     q, k, v = y[:, :, :-2].reshape(tokens, heads, dim), y[:, :, -2], y[:, :, -1]
     q, k = qk_norm(q, w.q_norm, c), turns[0](qk_norm(k, w.k_norm, c))
     sinks: dict[str, Any] = {"q_sinks": turns[1](q)} if c.sinks[group] else {}

@@ -38,10 +38,15 @@ _counting: ContextVar[list[int] | None] = ContextVar("counting", default=None)
 
 @dataclass(frozen=True)
 class Program:
-    """kind: mixed | decode | logits | logprobs | history; shape: its static sizes."""
+    """kind: mixed | decode | logits | logprobs | history; shape: its static sizes; plain: see llminfer.step."""
 
     kind: str
     shape: BatchShape
+    plain: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}_{self.shape.tokens}" + ("_plain" if self.plain else "")
 
 
 class Programs:
@@ -112,6 +117,8 @@ class Programs:
         keywords: dict[str, Any] = {}
         if program.kind == "decode":
             extra, keywords = (pack_loop(Plan(()), program.shape.rows),), {"most": self.most}
+        if program.plain:
+            keywords["plain"] = True
         if program.kind == "logprobs":
             extra = (np.zeros(program.shape.tokens, np.int32), np.int32(0))
         function = functools.partial(function, c=self.c, target=self.target, **keywords)

@@ -105,6 +105,11 @@ class SamplingParams:
         """Whether what is drawn depends on the tokens before, beside the model."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is wanted, and nothing else."""
+        return not (self.temperature or self.penalises or self.logit_bias or self.min_tokens or self.logprobs is not None)
+
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> SamplingParams:
         """Builds from names; an unknown one lists the known ones. Raises UserError."""

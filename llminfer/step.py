@@ -3,6 +3,8 @@
 Each is a pure function of (weights, cache, history, batch) with static shapes; the cache and the history are donated.
 history [slots, context] int32 holds the tokens of each slot by position: what a step works on and what it draws. So a next step is
 sent before this one is read, and penalties know the tokens before. What a prefix hit skips is written by `write_history`.
+
+plain: for sequences that want the likeliest tokens and nothing else, a program without a branch: such as a GPU's host need not wait for.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from llminfer.cache import KVCache
 from llminfer.config import ModelConfig
 from llminfer.params import Params
 from llminfer.request import MAX_LOGPROBS
-from llminfer.sampler import draw, top_logprobs
+from llminfer.sampler import draw, greedy, top_logprobs
 from llminfer.target import Target
 
 # What the programs return where no token was drawn, and where a row's logits were not numbers.
 NOTHING, NOT_A_NUMBER = -1, -2
 
 
-def mixed_step(params: Params, cache: KVCache, history: jax.Array, batch: Batch, *, c: ModelConfig, target: Target):
+def mixed_step(params: Params, cache: KVCache, history: jax.Array, batch: Batch, *, c: ModelConfig, target: Target, plain: bool = False):
     """Chunks of prompts and single decode tokens together. Returns ((tokens int32 [R], what `sampler.draw` tells of them), cache,
     history)."""
     rows, slots = batch.q_start.shape[0], history.shape[0]
@@ -35,15 +37,27 @@ def mixed_step(params: Params, cache: KVCache, history: jax.Array, batch: Batch,
     drew = batch.draws > 0
     # The chunks of a long prompt before the last draw nothing: no need to read the output head.
     nothing = (jnp.full(rows, NOTHING, jnp.int32), _said((rows,)))
-    tokens, said = jax.lax.cond(drew.any(), lambda: _draw(params, hidden[ends], batch, history, c, target), lambda: nothing)
+    drawn = lambda: _draw(params, hidden[ends], batch, history, c, target, plain)
+    tokens, said = drawn() if plain else jax.lax.cond(drew.any(), drawn, lambda: nothing)
     tokens = jnp.where(drew, tokens, NOTHING)
     history = history.at[jnp.where(drew, batch.slots, slots), batch.kv_len].set(tokens, mode="drop")
     return (tokens, said), cache, history
 
 
-def decode_loop(params: Params, cache: KVCache, history: jax.Array, batch: Batch, loop: Loop, *, c: ModelConfig, target: Target, most: int):
-    """Up to loop.steps (at most `most`) decode steps of one token a sequence, sampling and stopping on the device. Returns ((tokens
-    int32 [R, most], what `sampler.draw` tells of them [R, most, ...]), cache, history): NOTHING after a sequence's end."""
+def decode_loop(
+    params: Params,
+    cache: KVCache,
+    history: jax.Array,
+    batch: Batch,
+    loop: Loop,
+    *,
+    c: ModelConfig,
+    target: Target,
+    most: int,
+    plain: bool = False,
+):
+    """Up to loop.steps (at most `most`; plain: just `most`) decode steps of one token a sequence, sampling and stopping on the device.
+    Returns ((tokens int32 [R, most], what `sampler.draw` tells of them [R, most, ...]), cache, history): NOTHING after a sequence's end."""
     rows, slots = batch.q_start.shape[0], history.shape[0]
     batch, history = _fill(batch, history)
 
@@ -58,7 +72,7 @@ def decode_loop(params: Params, cache: KVCache, history: jax.Array, batch: Batch
             kv_len=length,
         )
         hidden, cache = model.forward(params, cache, now, c, target, q_max=1)
-        drawn, said = _draw(params, hidden, now, history, c, target)
+        drawn, said = _draw(params, hidden, now, history, c, target, plain)
         history = history.at[jnp.where(live, batch.slots, slots), length].set(drawn, mode="drop")
         out = jax.tree.map(lambda whole, x: whole.at[:, i].set(x), out, (jnp.where(live, drawn, NOTHING), said))
         stop = (drawn[:, None] == batch.sampling.ends).any(1) | (drawn < 0) | (i + 1 >= loop.limit)
@@ -73,7 +87,8 @@ def decode_loop(params: Params, cache: KVCache, history: jax.Array, batch: Batch
     started = batch.q_len > 0
     out = (jnp.full((rows, most), NOTHING, jnp.int32), _said((rows, most)))
     start = (jnp.int32(0), started, batch.tokens, batch.kv_len, cache, history, out)
-    _, live, _, length, cache, history, out = jax.lax.while_loop(more, step, start)
+    looped = jax.lax.fori_loop(0, most, lambda _, carry: step(carry), start) if plain else jax.lax.while_loop(more, step, start)
+    _, live, _, length, cache, history, out = looped
     # Where a sequence stopped before its limit, its last position says so to the next step.
     early = started & ~live & (length < batch.kv_len + loop.limit)
     history = history.at[jnp.where(early, batch.slots, slots), batch.kv_len + loop.limit - 1].set(NOTHING, mode="drop")
@@ -121,8 +136,9 @@ def _said(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros((*shape, 1 + MAX_LOGPROBS), jnp.int32), jnp.zeros((*shape, 1 + MAX_LOGPROBS), jnp.float32)
 
 
-def _draw(params: Params, hidden: jax.Array, batch: Batch, history: jax.Array, c: ModelConfig, target: Target):
+def _draw(params: Params, hidden: jax.Array, batch: Batch, history: jax.Array, c: ModelConfig, target: Target, plain: bool):
     # The drawn token's position is the context length: the same noise whatever the batch, also after a preemption.
     sampling = replace(batch.sampling, position=batch.kv_len)
-    tokens, said = draw(model.logits(params, hidden, c, target), sampling, history, batch.slots)
+    logits = model.logits(params, hidden, c, target)
+    tokens, said = (greedy(logits), _said((logits.shape[0],))) if plain else draw(logits, sampling, history, batch.slots)
     return jnp.where(tokens < 0, NOT_A_NUMBER, tokens), said

@@ -19,16 +19,16 @@ class Target:
     """platform: tpu | gpu | cpu. kernels: the body that kernels take: "pallas" (TPU), "interpret" (the same on a CPU), "triton" (GPU),
     "triton-interpret" (the same on a CPU), "reference", or "batched" (the reference too, attention of all sequences that decode at once).
     stacked: layers under a scan (TPU), else unrolled (GPU and CPU, where XLA copies every slice of a stacked weight). dtype: of weights
-    and cache. chip: the name of a TPU, v4, v5e, v5p, v6e or tpu7x. ahead: a step is sent before the last one is read; not on a GPU, where
-    the host drives the loops of a program, so that sending waits (LOG.md: 1.1x slower). debug: lengths and page ids are checked on
-    the device too. mesh: a jax.sharding.Mesh, or None for one device."""
+    and cache. chip: the name of a TPU, v4, v5e, v5p, v6e or tpu7x. branches: whether a program may
+    branch at no cost; not on a GPU, where the host waits to read what it depends on. debug: lengths and page ids are checked on the
+    device too. mesh: a jax.sharding.Mesh, or None for one device."""
 
     platform: str
     kernels: str
     stacked: bool
     dtype: str
     chip: str | None = None
-    ahead: bool = True
+    branches: bool = True
     debug: bool = False
     mesh: Any = None
 
@@ -44,7 +44,7 @@ class Target:
             stacked=platform == "tpu" if layout == "auto" else layout == "stacked",
             dtype=("float32" if platform == "cpu" else "bfloat16") if dtype == "auto" else dtype,
             chip=chip,
-            ahead=platform != "gpu",
+            branches=platform != "gpu",
             debug=debug,
             mesh=mesh,
         )

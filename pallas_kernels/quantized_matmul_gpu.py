@@ -53,6 +53,17 @@ TUNED = {
     (False, 14336, 4096): Tiles(32, 128, 3, 8, 2),
 }
 
+# (type, K, N) -> tiles for 17 to 64 rows; bfloat16 and int8 by channel without an entry are XLA's, which is as fast for most shapes.
+TUNED_MANY = {
+    ("bfloat16", 4096, 6144): Tiles(32, 256, 3, 1, 2),
+    ("bfloat16", 4096, 4096): Tiles(32, 256, 3, 2, 2),
+    ("bfloat16", 4096, 28672): Tiles(128, 128, 2, 1, 4),
+    ("bfloat16", 14336, 4096): Tiles(32, 128, 4, 2, 2),
+    ("bfloat16", 4096, 128256): Tiles(128, 128, 4, 1, 4),
+    ("int8", 4096, 6144): Tiles(64, 64, 3, 8, 2),
+    ("int8", 4096, 4096): Tiles(128, 64, 4, 8, 4),
+}
+
 
 def for_gpu(w, scale):
     """Stored weights [..., K, N] (MXFP4 [..., K / 2, N]) as a GPU wants them: [..., N, K], or two to a byte [..., N, K / 2]. int4 whose
@@ -80,6 +91,8 @@ def quantized_matmul_gpu(
     kind, group = _check(x, w, scale, minimum, quantize_x)
     scale = scale if scale.ndim == 3 else scale[:, None]
     parts = 3 if x.dtype == f32 else 1
+    if not group and not quantize_x and parts == 1 and isinstance(layer, int) and (best := many_rows_tiles(kind, x.shape[0], *w.shape[1:])):
+        return functools.reduce(jnp.add, list(run(x, w, scale, best, kind=kind, layer=layer, interpret=interpret))).astype(x.dtype)
     if not group or parts * x.shape[0] > MOST_ROWS or x.shape[1] % LANES or w.shape[1] % LANES:
         pick = lambda a: a[layer] if isinstance(layer, int) else lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)
         y = _by_xla(x, pick(w), pick(scale), kind, group, quantize_x)
@@ -94,6 +107,11 @@ def quantized_matmul_gpu(
     least = minimum[layer] if isinstance(layer, int) else lax.dynamic_index_in_dim(minimum, layer, 0, keepdims=False)
     sums = x.astype(f32).reshape(x.shape[0], least.shape[0], -1).sum(axis=2)
     return (y.astype(f32) + jnp.dot(sums, least.astype(f32), precision=lax.Precision.HIGHEST)).astype(x.dtype)
+
+
+def many_rows_tiles(kind: str, many: int, columns: int, inner: int) -> Tiles | None:
+    """What the kernel takes for so many rows, where it is faster than XLA's product."""
+    return TUNED_MANY.get((kind, inner, columns)) if FEW_ROWS < many <= MOST_ROWS else None
 
 
 def _check(x, w, scale, minimum, quantize_x) -> tuple[str, int]:
@@ -240,6 +258,8 @@ def _asm(text, constraints, pack, to, *args):
 
 def unpack(kind, t, interpret):
     """Stored numbers as bfloat16, exactly: [all] or, of two to a byte, [low nibbles, high nibbles]; MXFP4 times 4."""
+    if kind == "bfloat16":
+        return [t]
     if kind == "int8":
         return [t.astype(bf16)]
     if kind == "float8_e4m3fn":
@@ -268,7 +288,9 @@ class Site(NamedTuple):
 
 def _kernel(*refs, site: Site):
     """Rows of w times a block of rows of x, over a part of K, by tensor cores; the compiler makes the pipeline."""
-    x, w, scale, *at_layer, out = refs
+    x, w, *refs, out = refs
+    scale: Any = None
+    scale, *at_layer = (None, *refs) if site.kind == "bfloat16" else refs
     layer = at_layer[0][0] if site.layer is None else jnp.int32(site.layer)
     tiles, group = site.tiles, site.group
     halves = 2 if site.kind in FOUR_BITS else 1
@@ -303,7 +325,7 @@ def _kernel(*refs, site: Site):
 
     zero = jnp.zeros((site.many, tiles.rows) if flip else (tiles.rows, site.many), f32)
     _, acc = lax.fori_loop(0, span // tiles.depth, body, (scales(0) if group else [], zero))
-    if not group:
+    if not group and scale is not None:
         acc *= along(load(scale.at[layer, jnp.int32(0), jnp.int32(0), rows]).astype(f32))
     if site.kind == "mxfp4":
         acc *= 0.25
@@ -319,13 +341,14 @@ def arrange(x, kind, group):
 
 def run(x, w, scale, tiles: Tiles, *, kind, layer: Any = 0, out=None, interpret=False) -> jax.Array:
     """[splits, M, N]: float32 sums of the parts of K or, of one part, the product in `out`, or x's dtype, which is bfloat16.
-    kind: int8, float8_e4m3fn, int4, mxfp4. scale: [L, 1, N] or [L, K / group, N]. tiles divide the weights."""
+    kind: int8, float8_e4m3fn, int4, mxfp4, or bfloat16 without scale. scale: [L, 1, N] or [L, K / group, N]. tiles divide the weights."""
     many, inner = x.shape
-    group = inner // scale.shape[1] if scale.shape[1] > 1 else 0
+    group = inner // scale.shape[1] if scale is not None and scale.shape[1] > 1 else 0
     halves = 2 if kind in FOUR_BITS else 1
     rows = max(8, min(MOST_ROWS, 1 << (many - 1).bit_length()))
     site = Site(kind, tiles, group, rows, layer if isinstance(layer, int) else None, interpret)
-    args = [arrange(x, kind, group), w, scale.reshape(scale.shape[0], -1, halves if group else 1, scale.shape[2])]
+    args = [arrange(x, kind, group), w]
+    args += [] if scale is None else [scale.reshape(scale.shape[0], -1, halves if group else 1, scale.shape[2])]
     if site.layer is None:
         args.append(jnp.asarray(layer, jnp.int32).reshape(1))
     return pl.pallas_call(

@@ -1,6 +1,6 @@
 """Products of few rows with a model's matrices on a GPU: how near to the card's read bandwidth they come, and with which tiles.
 
-    PYTHONPATH=. python tests/bench_gpu_matmul.py [--only check,probe,sweep,xla,matvec,one_row,layers] [--seconds 120] [--out results.json]
+    PYTHONPATH=. python tests/bench_gpu_matmul.py [--only check,sweep,rows64,xla,matvec,one_row,layers] [--seconds 120] [--out results.json]
 
 Checks numbers against float64, reads 2 GB for the bandwidth, and times, by type, shape and rows: candidates of tiles for the kernel, what
 XLA makes of weights by channel, and chains of whole layers. A chain feeds each product's result to the next through an elementwise
@@ -28,7 +28,7 @@ from pallas_kernels.quantized_matmul_gpu import Tiles, for_gpu, quantized_matmul
 from pallas_kernels.weight_formats import values
 
 bf16, f32 = jnp.bfloat16, jnp.float32
-PARTS = "check,probe,sweep,xla,matvec,one_row,layers"
+PARTS = "check,probe,sweep,rows64,xla,matvec,one_row,layers"
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096), "head": (4096, 128256)}
 STORED = {"int8": jnp.int8, "float8_e4m3fn": jnp.float8_e4m3fn, "int4": jnp.int8, "mxfp4": jnp.uint8, "bfloat16": bf16}
 GROUP = {"int4": 128, "mxfp4": 32}
@@ -139,7 +139,7 @@ def tiles_for(kind: str, shape: str, rows: int, some: int) -> list[Tiles]:
     sizes = itertools.product((16, 32, 64, 128), (64, 128, 256), (2, 3, 4, 5), (1, 2) if few else (2, 4), range(5))
     for of_w, depth, stages, warps, log in sizes:
         splits, programs = 1 << log, columns // of_w << log
-        shared = stages * depth * (of_w + 2 * max(8, rows) * pack(kind))
+        shared = stages * depth * (of_w * jnp.dtype(STORED[kind]).itemsize + 2 * max(8, rows) * pack(kind))
         whole = stored % (depth * splits) == 0 and stored // (depth * splits) >= 3 and columns % of_w == 0
         if not whole or shared > (100_000 if few else 200_000) or depth > 128 * (3 - pack(kind)):
             continue
@@ -154,6 +154,13 @@ def candidates() -> list[Any]:
     more = (("mxfp4", 1), ("int4", 16), ("int4", 32), ("int4", 64))
     wanted += [(kind, shape, rows, 8) for kind, rows in more for shape in ("o", "gate_up")]
     return [(kind, shape, rows, t) for kind, shape, rows, some in wanted for t in tiles_for(kind, shape, rows, some)]
+
+
+def many_rows() -> list[Any]:
+    """(type, shape, 64, tiles) to time, and XLA's own."""
+    kinds = (("bfloat16", 3), ("int8", 5))
+    found = [(kind, shape, 64, t) for kind, some in kinds for shape in SHAPES for t in tiles_for(kind, shape, 64, some)]
+    return found + [(kind, shape, 64, "entry") for kind, _ in kinds for shape in SHAPES]
 
 
 def by_xla() -> list[Any]:
@@ -232,35 +239,32 @@ def layers(kind: str, rows: int, rate: float, how: str = "entry", many: int = 8)
 
 
 def matvec_tiles() -> list[Any]:
-    """(type, product of a layer or the head, tiles) that are tried for one row."""
+    """(product of a layer or the head, tiles) that are tried for one row."""
     found = []
-    for dtype in ("bfloat16", "int8", "float8_e4m3fn"):
-        for name, (inner, columns) in SHAPES.items():
-            gated, size = name == "gate_up", 2 if dtype == "bfloat16" else 1
-            for rows, depth, warps in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8, 16)):
-                each = rows * (2 if gated else 1) * inner * size // (32 * warps)  # bytes of w that a thread holds
-                if inner % depth == 0 and 64 <= each <= 512 and depth * rows * size >= 512 * warps and columns % (2 * rows) == 0:
-                    found.append((dtype, name, one_row.Tiles(rows, depth, warps)))
+    for name, (inner, columns) in SHAPES.items():
+        for rows, depth, warps in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8, 16)):
+            each = 2 * rows * (2 if name == "gate_up" else 1) * inner // (32 * warps)  # bytes of w that a thread holds
+            if inner % depth == 0 and 64 <= each <= 512 and depth * rows >= 256 * warps and columns % (2 * rows) == 0:
+                found.append((name, one_row.Tiles(rows, depth, warps)))
     return found
 
 
-def one_row_sweep(rate: float, deadline: float, dtypes: str) -> None:
+def one_row_sweep(rate: float, deadline: float) -> None:
     """Products of one row with what a layer fuses with them, by all tiles: shares of the probe."""
     note("product of one row: tiles (rows, depth, warps), us, share of the probe")
-    for dtype, name in itertools.product(dtypes.split(","), SHAPES):
-        todo = [tiles for d, n, tiles in matvec_tiles() if (d, n) == (dtype, name)]
-        found = sorted(one_row_times(dtype, name, todo, deadline))
-        size = bytes_of(dtype, *SHAPES[name])
+    for name in SHAPES:
+        todo = [tiles for n, tiles in matvec_tiles() if n == name]
+        found = sorted(one_row_times(name, todo, deadline))
+        size = bytes_of("bfloat16", *SHAPES[name])
         best = [f"{tuple(tiles)} {1e6 * took:.2f} {size / took / rate:.3f}" for took, tiles in found[:4]]
-        note(f"{dtype} {name}: {len(found)} of {len(todo)};", "; ".join(best))
+        note(f"{name}: {len(found)} of {len(todo)};", "; ".join(best))
 
 
-def one_row_times(dtype: str, name: str, todo: list[Any], deadline: float, threads: int = 14) -> list[Any]:
+def one_row_times(name: str, todo: list[Any], deadline: float, threads: int = 14) -> list[Any]:
     """(seconds, tiles) of one product by each of the tiles that compile."""
     inner, columns = SHAPES[name]
-    many = max(1, min(24, (2 << 30) // bytes_of(dtype, inner, columns)))
-    weights = [make(dtype, inner, columns, jax.random.key(i)) for i in range(many)]
-    weights = [(w[0], None if dtype == "bfloat16" else s.reshape(-1)) for w, s in weights]
+    many = max(1, min(24, (2 << 30) // bytes_of("bfloat16", inner, columns)))
+    weights = [make("bfloat16", inner, columns, jax.random.key(i))[0][0] for i in range(many)]
     x, norm = jax.random.normal(jax.random.key(0), (1, inner), f32).astype(bf16), jnp.ones(inner, bf16)
     how: dict[str, Any] = dict(norm=norm, eps=1e-5) if name in ("qkv", "gate_up") else {}
     how |= dict(residual=jnp.ones((1, columns), bf16)) if name in ("o", "down") else {}
@@ -268,7 +272,7 @@ def one_row_times(dtype: str, name: str, todo: list[Any], deadline: float, threa
     how["out"] = f32 if name == "head" else bf16
 
     def build(tiles: Any) -> Any:
-        call = jax.jit(lambda x, weights: [one_row.matvec_gpu(x, w, scale=s, tiles=tiles, **how) for w, s in weights])
+        call = jax.jit(lambda x, weights: [one_row.matvec_gpu(x, w, tiles=tiles, **how) for w in weights])
         try:
             return call.lower(x, weights).compile()
         except Exception as error:
@@ -295,7 +299,6 @@ def main() -> None:
     parser.add_argument("--only", default=PARTS, help=f"of {PARTS}")
     parser.add_argument("--seconds", type=float, default=120, help="after which no more candidates are compiled")
     parser.add_argument("--out", help="where all times are written, as JSON")
-    parser.add_argument("--types", default="bfloat16,int8,float8_e4m3fn", help="one_row: of weights")
     args = parser.parse_args()
     note(jax.__version__, jax.devices()[0].device_kind)
     parts, deadline, results = args.only.split(","), START + args.seconds, []
@@ -304,6 +307,8 @@ def main() -> None:
         check()
     if "sweep" in parts:
         results += sweep(candidates(), rate, deadline)
+    if "rows64" in parts:
+        results += sweep(many_rows(), rate, deadline)
     if "xla" in parts:  # one by one: XLA times its choices while it compiles
         results += sweep(by_xla(), rate, deadline, threads=1)
     table(results)
@@ -313,7 +318,7 @@ def main() -> None:
     if "matvec" in parts:
         matvec(rate)
     if "one_row" in parts:
-        one_row_sweep(rate, deadline, args.types)
+        one_row_sweep(rate, deadline)
     if "layers" in parts:
         for kind, rows in (("int8", 1), ("int8", 64), ("float8_e4m3fn", 1), ("int4", 1), ("int4", 16), ("int4", 64), ("mxfp4", 1)):
             layers(kind, rows, rate)

@@ -83,13 +83,15 @@ def test_the_kernels_serve_the_same_tokens_in_the_interpreter() -> None:
     runs = [("reference", policy), ("batched", policy), ("interpret", policy), ("reference", settings), ("triton-interpret", settings)]
     for kernels, settings in runs:
         layout = "listed" if kernels.startswith("triton") else "stacked"
-        engine = Engine(c, settings, dataclasses.replace(Target.of("cpu", layout=layout), kernels=kernels))
+        target = dataclasses.replace(Target.of("cpu", layout=layout), kernels=kernels, branches=layout == "stacked")
+        engine = Engine(c, settings, target)
         engine.load(None)
         params = SamplingParams(max_tokens=4, ignore_eos=True)
         sequences = [engine.add(engine.check(prompt, params), params)[0] for prompt in (prompts()[3], prompts()[7])]
         while engine.busy:
             engine.step()
         found.append([seq.output for seq in sequences])
+        assert ("decode_2_plain" in engine.stats()["programs"]) == (not target.branches)
         engine.programs.close()
     assert found[0] == found[1] == found[2] and found[3] == found[4]
 

@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels.matvec_gpu import Tiles, matvec_gpu
 
-bf16, i8, f8 = jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn
+bf16 = jnp.bfloat16
 CASES: dict[str, dict[str, Any]] = {
     "plain": dict(inner=1024),
     "long": dict(inner=6144, columns=10),
@@ -21,39 +21,30 @@ CASES: dict[str, dict[str, Any]] = {
     "gelu": dict(gate="gelu_tanh", columns=4, inner=1024),
     "residual": dict(residual=True),
     "all": dict(norm=True, gate="silu", residual=True, inner=3072),
-    "int8": dict(kind=i8),
-    "int8_all": dict(kind=i8, norm=True, gate="silu", residual=True),
-    "fp8": dict(kind=f8),
-    "fp8_all": dict(kind=f8, norm=True, gate="gelu_tanh", residual=True, inner=1024),
     "tiles": dict(norm=True, gate="silu", tiles=Tiles(1, 512, 4)),
 }
 
 
-def check(inner=2048, columns=8, norm=False, offset=0.0, gate=None, residual=False, kind=bf16, tiles=None, interpret=True) -> None:
+def check(inner=2048, columns=8, norm=False, offset=0.0, gate=None, residual=False, tiles=None, interpret=True) -> None:
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), bf16)
     x, w = draw(1, inner) * 3, draw(columns, inner)
     made = columns // 2 if gate else columns
     more: dict[str, Any] = dict(norm=draw(inner), eps=1e-5, offset=offset) if norm else {}
     more |= dict(residual=draw(1, made)) if residual else {}
-    if kind != bf16:
-        w = jnp.asarray(rng.integers(-127, 128, w.shape), i8) if kind == i8 else w.astype(f8)
-        more["scale"] = jnp.asarray(rng.uniform(0.01, 0.1, columns), jnp.float32)
     found = matvec_gpu(x, w, gate=gate, tiles=tiles, interpret=interpret, **more)
     wide = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
-    rounded = lambda a: wide(jnp.asarray(a, bf16))
     y = wide(x)
     if norm:
-        y, weight = y / np.sqrt((y**2).mean() + 1e-5), offset + wide(more["norm"])
-        y = rounded(y * weight if offset else rounded(y) * weight)  # as the model's norm rounds
-    y = y @ wide(w).T * (wide(more["scale"]) if kind != bf16 else 1)
+        y = y / np.sqrt((y**2).mean() + 1e-5) * (offset + wide(more["norm"]))
+    y = y @ wide(w).T
     if gate:
         left, right = np.split(y, 2, axis=1)
         inside = np.sqrt(2 / np.pi) * (left + 0.044715 * left**3)
         y = right * (left / (1 + np.exp(-left)) if gate == "silu" else left * (1 + np.tanh(inside)) / 2)
     y = y + (wide(more["residual"]) if residual else 0)
     assert found.shape == (1, made) and found.dtype == jnp.float32
-    assert np.abs(np.asarray(found) - y).max() <= (2e-3 if norm else 1e-5) * np.abs(y).max()
+    assert np.abs(np.asarray(found) - y).max() <= 1e-5 * np.abs(y).max()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -78,7 +69,6 @@ def test_on_a_gpu(case: dict[str, Any]) -> None:
         (dict(x=(1, 1000), w=(8, 1000)), "K a multiple of 1024"),
         (dict(gate="silu", w=(6, 1024)), "4 with a gate"),
         (dict(gate="relu"), "legal: None, silu"),
-        (dict(scale=jnp.ones(8)), "for 8 bits only"),
         (dict(residual=jnp.ones((1, 4))), "residual"),
     ],
 )

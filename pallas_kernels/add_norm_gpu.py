@@ -1,0 +1,49 @@
+"""A sum and its norm on a GPU, in one pass over both: what XLA makes two kernels of, since the sum is used again.
+
+s = x + y   n = s / sqrt(mean(s ** 2) + eps) * (weight + offset)     Zhang and Sennrich, arXiv 1910.07467
+
+x, y [T, D], weight [D] bfloat16, with T and D of any size
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+bf16, f32 = jnp.bfloat16, jnp.float32
+
+
+def add_norm_gpu(x, y, weight, *, eps: float, offset: float = 0.0, interpret=False) -> tuple[jax.Array, jax.Array]:
+    """(s, n), rounded to bfloat16 where the model rounds. Raises ValueError for shapes and types that do not fit."""
+    if x.ndim != 2 or y.shape != x.shape or weight.shape != x.shape[1:] or {x.dtype, y.dtype, weight.dtype} != {jnp.dtype(bf16)}:
+        raise ValueError(
+            f"x {x.dtype} {x.shape}, y {y.dtype} {y.shape}, weight {weight.dtype} {weight.shape}: must be bfloat16 [T, D] twice and [D]"
+        )
+    rows, size = x.shape
+    block = 1 << (size - 1).bit_length()
+
+    def kernel(x, y, weight, total, normed):
+        row, lanes = pl.program_id(0), lax.iota(jnp.int32, block)
+        inside = None if block == size else lanes < size
+        read = lambda ref: plgpu.load(ref, mask=inside, other=None if inside is None else 0.0)
+        at = (row, pl.ds(0, block))
+        s = (read(x.at[at]).astype(f32) + read(y.at[at]).astype(f32)).astype(bf16)
+        plgpu.store(total.at[at], s, mask=inside)
+        wide = s.astype(f32)
+        n = wide * lax.rsqrt(jnp.sum(wide * wide) / size + eps)
+        by = read(weight.at[pl.ds(0, block)]).astype(f32)
+        n = n * (by + offset) if offset else by * n.astype(bf16).astype(f32)
+        plgpu.store(normed.at[at], n.astype(bf16), mask=inside)
+
+    call = pl.pallas_call(
+        kernel,
+        grid=(rows,),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, bf16)] * 2,
+        compiler_params=plgpu.CompilerParams(num_warps=max(1, min(8, block // 512)), num_stages=1),
+        interpret=interpret,
+        name="add_norm_gpu",
+    )
+    return tuple(call(x, y, weight))
