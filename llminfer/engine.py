@@ -112,7 +112,8 @@ class Engine:
         """Row buckets: one sequence alone, a few, many, all slots; more of them where they compile fast."""
         slots = self.settings.slots
         sizes = {1, 8, 64, slots} | (set() if self.target.branches else {32, 128})
-        return [Program("decode", self._shape(rows, rows)) for rows in sorted({min(rows, slots) for rows in sizes})]
+        least = 2 if self.target.turned and self.settings.quantize in ("int8", "w8a8") else 1  # XLA multiplies two rows faster than one
+        return [Program("decode", self._shape(rows, rows)) for rows in sorted({max(least, min(rows, slots)) for rows in sizes})]
 
     @functools.cached_property
     def _logits(self) -> Program:

@@ -16,7 +16,7 @@ from llminfer.target import Target
 from pallas_kernels import matvec_gpu as gpu
 from pallas_kernels.add_norm_gpu import add_norm_gpu
 from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
-from pallas_kernels.quantized_matmul_gpu import many_rows_tiles, quantized_matmul_gpu, run
+from pallas_kernels.quantized_matmul_gpu import Tiles, many_rows_tiles, quantized_matmul_gpu, run
 from pallas_kernels.weight_formats import LANES
 from sharding.rules import partition
 
@@ -118,8 +118,10 @@ def rows_product(x: jax.Array, w: jax.Array, target: Target, out: Any = jnp.floa
     held = _for_one_row(x, Turned(w), target)
     if held is not None:
         return gpu.matvec_gpu(x, held, out=out, interpret=target.interpret)
-    tiles = many_rows_tiles("bfloat16", x.shape[0], *w.shape) if target.turned and x.dtype == w.dtype == jnp.bfloat16 else None
-    if tiles and target.mesh is None:
+    tiles: Tiles | None = None
+    if target.turned and target.mesh is None and x.dtype == w.dtype == jnp.bfloat16:
+        tiles = many_rows_tiles("bfloat16", x.shape[0], *w.shape)
+    if tiles:
         sums = run(x, w[None], None, tiles, kind="bfloat16", out=out, interpret=target.interpret)
         return functools.reduce(jnp.add, list(sums)).astype(out)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

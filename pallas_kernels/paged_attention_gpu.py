@@ -38,7 +38,7 @@ DECODE = {1: Sizes(block=32, warps=1, stages=5), 2: Sizes(block=16, warps=1, sta
 CHUNKS = {1: Sizes(block=64, warps=8, stages=3, rows=128), 2: Sizes(block=64, warps=4, stages=3, rows=128)}
 CHUNKS_FLOAT32 = Sizes(block=32, warps=4, stages=2, rows=32)
 PROGRAMS = 528  # of the decode kernel, that a GPU needs: 4 for each of 132 multiprocessors
-SPLIT = 256  # tokens of context that a split is worth
+SPLIT = 64  # tokens of context that a split is worth
 
 
 def decode_sizes(rows: int, tokens: int, heads: int, group: int, dim: int, itemsize: int) -> Sizes:

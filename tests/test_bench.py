@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from llminfer import cli
 from llminfer.bench import __main__ as bench
+from llminfer.bench import cases
 from llminfer.bench.throughput import MEAN_OUTPUT, MEAN_PROMPT, Arrival, Served, report, trace
 
 
@@ -48,3 +51,35 @@ def test_throughput_serves_the_whole_trace(capsys: pytest.CaptureFixture, rate: 
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture, option: str, value: str) -> None:
     assert cli.main(bench.main, ["throughput", "--model", "config:tiny", option, value]) == 2
     assert capsys.readouterr().err.startswith(f"error: {option}=")
+
+
+def test_cases_are_measured_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    peer, plot = tmp_path / "peer.jsonl", tmp_path / "plot.svg"
+    peer.write_text('INFO\n{"event": "env"}\n{"case": "a", "ms_per_token": 1e9}\n{"case": "c", "prefill_tok_per_s": 1e9}\n')
+    command = ["latency", "--cases", "abce", "--model", "config:tiny", "--scale", "0.02", "--runs", "1", "--beside", str(peer)]
+    assert cli.main(bench.main, [*command, "--plot", str(plot), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["case"] for row in found["cases"]] == list("abce") and found["compiles_after_warmup"] == 0
+    for row in found["cases"]:
+        assert row["case"] == "b" or row[cases.CASES[row["case"]].figure] > 0  # the difference of two short runs is noise
+    lines = cases.table(found["cases"], found["peer"])
+    assert "█" * 60 in lines[0] and "peer" not in lines[1] and "0.00x" in lines[2]
+    assert ElementTree.parse(plot).getroot().tag.endswith("svg") and plot.read_text().count("<rect") == 4
+
+
+def test_figures_of_cases_by_hand() -> None:
+    figures = lambda letter, *times: cases._figures(cases.CASES[letter], [list(times)] * 3, 1.0)
+    assert figures("a", 2.56) == {"ms_per_token": pytest.approx(10)}
+    assert figures("b", 1.0, 1.64) == {"ms_per_step_decode": pytest.approx(10), "out_tok_per_s": pytest.approx(64 * 128 / 1.64)}
+    assert figures("c", 2.0) == {"prefill_tok_per_s": 32 * 1024}
+    works = cases._works(cases.CASES["e"], 1.0)[0]
+    assert (sum(a for a, _ in works), sum(b for _, b in works)) == (64320, 42914)  # of the published comparison
+    assert figures("e", 10.0) == {"out_tok_per_s": 4291.4}
+    assert cases.ratio("a", 5.0, 6.0) == 1.2 and cases.ratio("c", 6.0, 5.0) == 1.2
+
+
+@pytest.mark.parametrize("option", [("--cases", "ax"), ("--cases", "aa"), ("--beside", "nowhere.jsonl"), ("--plot", "no/where.svg")])
+def test_bad_options_of_cases_are_one_line(capsys: pytest.CaptureFixture, option: tuple[str, str]) -> None:
+    assert cli.main(bench.main, ["latency", "--model", "config:tiny", "--cases", "a", *option]) == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith(f"error: {option[0]}=") and captured.count("\n") == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llminfer import cli
+from llminfer.bench import cases
 from llminfer.bench.latency import latency
 from llminfer.bench.throughput import replay, report, trace
 from llminfer.errors import refuse
@@ -24,7 +25,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--runs", default="5", help="latency: measured runs, after one that is not counted (default: 5)")
     parser.add_argument("--requests", default="64", help="throughput: length of the trace (default: 64)")
     parser.add_argument("--rate", default="inf", help="throughput: arrivals a second (default: inf, all at once)")
-    parser.add_argument("--scale", default="1.0", help="throughput: what the mean lengths, 161 in and 338 out, are multiplied by")
+    parser.add_argument(
+        "--scale",
+        default="1.0",
+        help="throughput: what the mean lengths, 161 in and 338 out, are multiplied by; cases: batches and lengths",
+    )
+    parser.add_argument("--cases", default=None, metavar="LETTERS", help="latency, throughput: fixed work, from a to e, such as abc")
+    parser.add_argument("--beside", default=None, metavar="FILE", help="cases: a peer's figures, as JSON lines, to compare with")
+    parser.add_argument("--plot", default=None, metavar="FILE", help="cases: an SVG of them")
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels, selfcheck: those whose name contains it")
     parser.add_argument("--target", default=None, help="kernels: compile for this TPU, such as v6e, and count the schedule")
     parser.add_argument("--tune", action="store_true", help="kernels: try block sizes, and write the best ones")
@@ -33,7 +41,8 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     commands = {"latency": _latency, "throughput": _throughput, "kernels": _kernels, "selfcheck": _selfcheck}
-    found = commands[options.what](options)
+    by_case = options.cases is not None and options.what in ("latency", "throughput")
+    found = _cases(options) if by_case else commands[options.what](options)
     if options.json:
         cli.print_json(found)
     return 0
@@ -58,6 +67,22 @@ def _latency(options: argparse.Namespace) -> dict[str, Any]:
             f"decode {found['decode_tokens_per_s']:.1f} tok/s ({found['step_ms']:.1f} ms a step), medians of {sizes['runs']}"
         )
     return found
+
+
+def _cases(options: argparse.Namespace) -> dict[str, Any]:
+    letters, runs = cases.parse(options.cases), cli.positive(options.runs, "--runs")
+    scale, plotted = _number(options.scale, "--scale", "a number above 0"), _file(options.plot, "--plot")
+    peer = cases.read_peer(options.beside) if options.beside else {}
+    options.set = [f"{name}={str(value).lower()}" for name, value in cases.settings(letters, scale).items()] + options.set
+    llm = cli.load(options)
+    with RichProgress() as progress:
+        rows = cases.measure(llm, letters, runs, scale, progress)
+    about = _about(llm) | {name: llm.stats()[name] for name in ("compiles_after_warmup", "load_s")}
+    if plotted:
+        plotted.write_text(cases.plot(rows, peer, f"{about['model']} on {about['platform']}"), encoding="utf-8")
+    if not options.json:
+        print("\n".join(cases.table(rows, peer)))
+    return about | {"cases": rows, "peer": peer}
 
 
 def _throughput(options: argparse.Namespace) -> dict[str, Any]:
@@ -96,10 +121,10 @@ def _selfcheck(options: argparse.Namespace) -> dict[str, Any]:
     return _shown(found, [*table(found), f"written to {out}"], options)
 
 
-def _file(text: str | None) -> Path | None:
-    """The file that --out names. Raises UserError if its folder is not there."""
+def _file(text: str | None, name: str = "--out") -> Path | None:
+    """The file that an option names. Raises UserError if its folder is not there."""
     if text is not None and not Path(text).resolve().parent.is_dir():
-        raise refuse("--out", text, "must be in a folder that exists")
+        raise refuse(name, text, "must be in a folder that exists")
     return None if text is None else Path(text)
 
 

@@ -99,7 +99,7 @@ def test_own_nan_comes_through() -> None:
 def test_splits_by_static_shapes() -> None:
     """As many programs as fill a GPU, and no split for a context that is not worth one."""
     splits = lambda rows, tokens: decode_sizes(rows, tokens, 8, 4, 128, 2).splits
-    assert splits(64, 4096) == 2 and splits(512, 4096) == 1 and splits(1, 300) == 1
+    assert splits(64, 4096) == 2 and splits(512, 4096) == 1 and splits(1, 300) == 4 and splits(1, 60) == 1
     assert 64 <= splits(1, 32768) <= 32768 // 256
 
 

@@ -1,0 +1,58 @@
+"""A layer as a GPU runs it, its kernels interpreted, against the same layer as XLA makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llminfer import linear
+from llminfer.config import ModelConfig, from_toml
+from llminfer.quant import maker
+from llminfer.target import Target
+
+PLAIN = Target.of("cpu", dtype="bfloat16")
+GPU = dataclasses.replace(PLAIN, kernels="triton-interpret", branches=False)
+C = from_toml("tiny")
+
+
+def mlp(target: Target, c: ModelConfig, x: jax.Array, norm: jax.Array, up: Any, down: Any) -> jax.Array:
+    """A residual stream through norm, mlp and the next norm, as model.run_layer does it."""
+    make = maker(None, ("embed", "mlp"), 1, target) or (lambda w: w)
+    before = (norm, None)
+    x, y, left = linear.entered(x, before, c, target)
+    y = linear.linear(y, make(up), c, target, before=left, act=True)
+    x = linear.linear(y, make(down), c, target, residual=x)
+    x, y, left = linear.entered(x, before, c, target)
+    y = linear.norm(y, norm, None, c) if left else y
+    return jnp.concatenate([x, y])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_a_mlp_with_what_goes_around_it(monkeypatch: pytest.MonkeyPatch, rows: int, offset: float) -> None:
+    c = dataclasses.replace(C, norm_offset=offset)
+    keys = jax.random.split(jax.random.key(rows), 4)
+    draw = lambda key, *shape: jax.random.normal(key, shape, jnp.float32).astype(jnp.bfloat16)
+    x, norm = draw(keys[0], rows, 1024), draw(keys[1], 1024)
+    up, down = draw(keys[2], 1024, 2048) / 32, draw(keys[3], 1024, 1024) / 32
+    called = []
+    for name in ("matvec_gpu", "add_norm_gpu"):
+        home = linear.gpu if name == "matvec_gpu" else linear
+        original = getattr(home, name)
+        monkeypatch.setattr(home, name, lambda *args, name=name, original=original, **kw: called.append(name) or original(*args, **kw))
+    found, want = (np.asarray(jax.jit(mlp, static_argnums=(0, 1))(t, c, x, norm, up, down), np.float32) for t in (GPU, PLAIN))
+    np.testing.assert_allclose(found, want, atol=0.02 * np.abs(want).max())
+    assert called == (["matvec_gpu"] * 2 if rows == 1 else ["add_norm_gpu"])
+
+
+def test_tuned_products_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 17 to 64 rows, where a shape was measured."""
+    monkeypatch.setattr(linear, "many_rows_tiles", lambda kind, *shape: linear.Tiles(32, 64, 2, 2, 2))
+    x, w = (jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i, shape in enumerate(((20, 256), (128, 256))))
+    found, want = (linear.rows_product(x, w, target) for target in (GPU, PLAIN))
+    np.testing.assert_allclose(np.asarray(found), np.asarray(want), atol=1e-3 * np.abs(np.asarray(want)).max())
