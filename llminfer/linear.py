@@ -16,7 +16,7 @@ from llminfer.target import Target
 from pallas_kernels import matvec_gpu as gpu
 from pallas_kernels.add_norm_gpu import add_norm_gpu
 from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
-from pallas_kernels.quantized_matmul_gpu import Tiles, many_rows_tiles, quantized_matmul_gpu, run
+from pallas_kernels.quantized_matmul_gpu import quantized_matmul_gpu, run, tiles_for_rows
 from pallas_kernels.weight_formats import LANES
 from sharding.rules import partition
 
@@ -24,7 +24,7 @@ Norm = tuple[jax.Array, jax.Array | None]  # weight and bias
 
 
 class Sum(NamedTuple):
-    """x + y, which what reads it adds up: together with its norm, on a GPU."""
+    """x [T, D] + y [T, D], or + all of y [parts, T, D], which what reads it adds up: together with its norm, on a GPU."""
 
     x: jax.Array
     y: jax.Array
@@ -51,7 +51,13 @@ def linear(
         if held is not None:
             how: dict[str, Any] = {} if before is None else dict(norm=before[0], eps=c.norm_eps, offset=float(c.norm_offset))
             return gpu.matvec_gpu(x, held, **how, gate=gate, residual=residual, out=x.dtype, interpret=target.interpret)
-    y = matmul(x if before is None else norm(x, before[0], before[1], c), w, target)
+    x = x if before is None else norm(x, before[0], before[1], c)
+    later = residual is not None and _sums_later(residual, c, target)
+    if residual is not None and later and bias is None and not act and isinstance(w, Turned):
+        parts = _parts(x, w.w, target)
+        if parts is not None:
+            return Sum(residual, parts)
+    y = matmul(x, w, target)
     y = y if bias is None else y + bias
     if act and c.gated:
         left, right = jnp.split(y, 2, axis=-1)
@@ -60,7 +66,7 @@ def linear(
         y = activate(y, c)
     if residual is None:
         return y
-    return Sum(residual, y) if _sums_later(residual, c, target) else add(residual, y, c)
+    return Sum(residual, y) if later else add(residual, y, c)
 
 
 def _sums_later(x: jax.Array, c: ModelConfig, target: Target) -> bool:
@@ -74,7 +80,8 @@ def entered(x: Any, before: Norm | None, c: ModelConfig, target: Target) -> tupl
     if not isinstance(x, Sum):
         return x, x, before
     if before is None:
-        return x.x + x.y, x.x + x.y, None
+        total = x.x + (x.y if x.y.ndim == 2 else x.y.sum(0).astype(x.x.dtype))
+        return total, total, None
     return *add_norm_gpu(x.x, x.y, before[0], eps=c.norm_eps, offset=float(c.norm_offset), interpret=target.interpret), None
 
 
@@ -118,16 +125,20 @@ def rows_product(x: jax.Array, w: jax.Array, target: Target, out: Any = jnp.floa
     held = _for_one_row(x, Turned(w), target)
     if held is not None:
         return gpu.matvec_gpu(x, held, out=out, interpret=target.interpret)
-    tiles: Tiles | None = None
-    if target.turned and target.mesh is None and x.dtype == w.dtype == jnp.bfloat16:
-        tiles = many_rows_tiles("bfloat16", x.shape[0], *w.shape)
-    if tiles:
-        sums = run(x, w[None], None, tiles, kind="bfloat16", out=out, interpret=target.interpret)
-        return functools.reduce(jnp.add, list(sums)).astype(out)
+    if (parts := _parts(x, w, target, out)) is not None:
+        return functools.reduce(jnp.add, list(parts)).astype(out)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     # cuBLAS sums in float32 whatever it returns, and a conversion after it would be a pass over memory of its own.
     wide = out if target.platform == "gpu" else jnp.float32
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=wide).astype(out)
+
+
+def _parts(x: jax.Array, w: jax.Array, target: Target, out: Any = None) -> jax.Array | None:
+    """The product as float32 sums [parts, T, out] of parts of `in`, or one part in `out`, by our kernel where that is faster than XLA's."""
+    if not target.turned or target.mesh is not None or not x.dtype == w.dtype == jnp.bfloat16:
+        return None
+    tiles = tiles_for_rows("bfloat16", x.shape[0], w.shape[0], w.shape[1])
+    return None if tiles is None else run(x, w[None], None, tiles, kind="bfloat16", out=out, interpret=target.interpret)
 
 
 def _turned_product(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:

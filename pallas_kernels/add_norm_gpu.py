@@ -2,7 +2,7 @@
 
 s = x + y   n = s / sqrt(mean(s ** 2) + eps) * (weight + offset)     Zhang and Sennrich, arXiv 1910.07467
 
-x, y [T, D], weight [D] bfloat16, with T and D of any size
+x [T, D], weight [D] bfloat16   y bfloat16 [T, D], or in parts to be added up, bfloat16 or float32 [parts, T, D]
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ bf16, f32 = jnp.bfloat16, jnp.float32
 
 def add_norm_gpu(x, y, weight, *, eps: float, offset: float = 0.0, interpret=False) -> tuple[jax.Array, jax.Array]:
     """(s, n), rounded to bfloat16 where the model rounds. Raises ValueError for shapes and types that do not fit."""
-    if x.ndim != 2 or y.shape != x.shape or weight.shape != x.shape[1:] or {x.dtype, y.dtype, weight.dtype} != {jnp.dtype(bf16)}:
-        raise ValueError(
-            f"x {x.dtype} {x.shape}, y {y.dtype} {y.shape}, weight {weight.dtype} {weight.shape}: must be bfloat16 [T, D] twice and [D]"
-        )
+    parts = y if y.ndim == 3 else y[None]
+    shapes = x.ndim == 2 and parts.shape[1:] == x.shape and weight.shape == x.shape[1:]
+    if not shapes or x.dtype != bf16 or weight.dtype != bf16 or y.dtype not in (bf16, f32):
+        given = f"x {x.dtype} {x.shape}, y {y.dtype} {y.shape}, weight {weight.dtype} {weight.shape}"
+        raise ValueError(f"{given}: must be bfloat16 [T, D], [T, D] or [parts, T, D], and bfloat16 [D]")
     rows, size = x.shape
     block = 1 << (size - 1).bit_length()
 
@@ -30,7 +31,10 @@ def add_norm_gpu(x, y, weight, *, eps: float, offset: float = 0.0, interpret=Fal
         inside = None if block == size else lanes < size
         read = lambda ref: plgpu.load(ref, mask=inside, other=None if inside is None else 0.0)
         at = (row, pl.ds(0, block))
-        s = (read(x.at[at]).astype(f32) + read(y.at[at]).astype(f32)).astype(bf16)
+        s = read(x.at[at]).astype(f32)
+        for part in range(parts.shape[0]):
+            s += read(y.at[(jnp.int32(part), *at)]).astype(f32)
+        s = s.astype(bf16)
         plgpu.store(total.at[at], s, mask=inside)
         wide = s.astype(f32)
         n = wide * lax.rsqrt(jnp.sum(wide * wide) / size + eps)
@@ -46,4 +50,5 @@ def add_norm_gpu(x, y, weight, *, eps: float, offset: float = 0.0, interpret=Fal
         interpret=interpret,
         name="add_norm_gpu",
     )
-    return tuple(call(x, y, weight))
+    total, normed = call(x, parts, weight)
+    return total, normed

@@ -53,15 +53,15 @@ TUNED = {
     (False, 14336, 4096): Tiles(32, 128, 3, 8, 2),
 }
 
-# (type, K, N) -> tiles for 17 to 64 rows; bfloat16 and int8 by channel without an entry are XLA's, which is as fast for most shapes.
-TUNED_MANY = {
-    ("bfloat16", 4096, 6144): Tiles(32, 256, 3, 1, 2),
-    ("bfloat16", 4096, 4096): Tiles(32, 256, 3, 2, 2),
-    ("bfloat16", 4096, 28672): Tiles(128, 128, 2, 1, 4),
-    ("bfloat16", 14336, 4096): Tiles(32, 128, 4, 2, 2),
-    ("bfloat16", 4096, 128256): Tiles(128, 128, 4, 1, 4),
-    ("int8", 4096, 6144): Tiles(64, 64, 3, 8, 2),
-    ("int8", 4096, 4096): Tiles(128, 64, 4, 8, 4),
+# (type, K, N) -> {most rows: tiles}: bfloat16 and int8 by channel where this kernel was faster than XLA's product.
+TUNED_ROWS = {
+    ("bfloat16", 4096, 6144): {16: Tiles(16, 128, 5, 2, 1), 32: Tiles(64, 256, 2, 4, 2), 64: Tiles(32, 256, 3, 1, 2)},
+    ("bfloat16", 4096, 4096): {16: Tiles(32, 256, 3, 4, 1), 32: Tiles(32, 64, 4, 4, 2), 64: Tiles(32, 256, 3, 2, 2)},
+    ("bfloat16", 4096, 28672): {64: Tiles(128, 128, 2, 1, 4)},
+    ("bfloat16", 14336, 4096): {16: Tiles(32, 256, 3, 4, 2), 32: Tiles(64, 128, 4, 4, 2), 64: Tiles(32, 128, 4, 2, 2)},
+    ("bfloat16", 4096, 128256): {16: Tiles(64, 128, 5, 1, 1), 64: Tiles(128, 128, 4, 1, 4)},
+    ("int8", 4096, 6144): {64: Tiles(64, 64, 3, 8, 2)},
+    ("int8", 4096, 4096): {64: Tiles(128, 64, 4, 8, 4)},
 }
 
 
@@ -91,7 +91,7 @@ def quantized_matmul_gpu(
     kind, group = _check(x, w, scale, minimum, quantize_x)
     scale = scale if scale.ndim == 3 else scale[:, None]
     parts = 3 if x.dtype == f32 else 1
-    if not group and not quantize_x and parts == 1 and isinstance(layer, int) and (best := many_rows_tiles(kind, x.shape[0], *w.shape[1:])):
+    if not group and not quantize_x and parts == 1 and isinstance(layer, int) and (best := tiles_for_rows(kind, x.shape[0], *w.shape[1:])):
         return functools.reduce(jnp.add, list(run(x, w, scale, best, kind=kind, layer=layer, interpret=interpret))).astype(x.dtype)
     if not group or parts * x.shape[0] > MOST_ROWS or x.shape[1] % LANES or w.shape[1] % LANES:
         pick = lambda a: a[layer] if isinstance(layer, int) else lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)
@@ -109,9 +109,11 @@ def quantized_matmul_gpu(
     return (y.astype(f32) + jnp.dot(sums, least.astype(f32), precision=lax.Precision.HIGHEST)).astype(x.dtype)
 
 
-def many_rows_tiles(kind: str, many: int, columns: int, inner: int) -> Tiles | None:
-    """What the kernel takes for so many rows, where it is faster than XLA's product."""
-    return TUNED_MANY.get((kind, inner, columns)) if FEW_ROWS < many <= MOST_ROWS else None
+def tiles_for_rows(kind: str, many: int, columns: int, inner: int) -> Tiles | None:
+    """What the kernel takes for so many rows, two or more, where it is faster than XLA's product."""
+    found = TUNED_ROWS.get((kind, inner, columns), {})
+    at = next((most for most in (FEW_ROWS, 32, MOST_ROWS) if many <= most), 0)
+    return found.get(at) if many > 1 else None
 
 
 def _check(x, w, scale, minimum, quantize_x) -> tuple[str, int]:

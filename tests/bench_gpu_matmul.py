@@ -1,6 +1,6 @@
 """Products of few rows with a model's matrices on a GPU: how near to the card's read bandwidth they come, and with which tiles.
 
-    PYTHONPATH=. python tests/bench_gpu_matmul.py [--only check,sweep,rows64,xla,matvec,one_row,layers] [--seconds 120] [--out results.json]
+    PYTHONPATH=. python tests/bench_gpu_matmul.py [--only check,sweep,rows,xla,matvec,one_row,layers] [--seconds 120] [--out results.json]
 
 Checks numbers against float64, reads 2 GB for the bandwidth, and times, by type, shape and rows: candidates of tiles for the kernel, what
 XLA makes of weights by channel, and chains of whole layers. A chain feeds each product's result to the next through an elementwise
@@ -28,7 +28,7 @@ from pallas_kernels.quantized_matmul_gpu import Tiles, for_gpu, quantized_matmul
 from pallas_kernels.weight_formats import values
 
 bf16, f32 = jnp.bfloat16, jnp.float32
-PARTS = "check,probe,sweep,rows64,xla,matvec,one_row,layers"
+PARTS = "check,probe,sweep,rows,xla,matvec,one_row,layers"
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096), "head": (4096, 128256)}
 STORED = {"int8": jnp.int8, "float8_e4m3fn": jnp.float8_e4m3fn, "int4": jnp.int8, "mxfp4": jnp.uint8, "bfloat16": bf16}
 GROUP = {"int4": 128, "mxfp4": 32}
@@ -156,11 +156,14 @@ def candidates() -> list[Any]:
     return [(kind, shape, rows, t) for kind, shape, rows, some in wanted for t in tiles_for(kind, shape, rows, some)]
 
 
-def many_rows() -> list[Any]:
-    """(type, shape, 64, tiles) to time, and XLA's own."""
-    kinds = (("bfloat16", 3), ("int8", 5))
-    found = [(kind, shape, 64, t) for kind, some in kinds for shape in SHAPES for t in tiles_for(kind, shape, 64, some)]
-    return found + [(kind, shape, 64, "entry") for kind, _ in kinds for shape in SHAPES]
+def several_rows(kinds: str, rows: str) -> list[Any]:
+    """(type, shape, rows, tiles) to time, and XLA's own."""
+    wanted = list(itertools.product(kinds.split(","), SHAPES, map(int, rows.split(","))))
+    found = []
+    for kind, shape, many in wanted:
+        tiles = tiles_for(kind, shape, many, 1)
+        found += [(kind, shape, many, t) for t in tiles[:: max(1, len(tiles) // 28)]]
+    return found + [(kind, shape, many, "entry") for kind, shape, many in wanted]
 
 
 def by_xla() -> list[Any]:
@@ -214,7 +217,8 @@ def table(results: list[dict[str, Any]], most: int = 4) -> None:
         best = list(found)
         name = lambda how: how if isinstance(how, str) else ",".join(map(str, how))
         shown = [f"{name(r['how'])} {r['net']:.1f}us {r['share']:.2f}" for r in best]
-        note(*group, "|", "  ".join(shown[:most]), f"| worst of {len(best)}: {best[-1]['share']:.2f}")
+        shown = shown[:most] + [text for text in shown[most:] if text.startswith("entry")]
+        note(*group, "|", "  ".join(shown), f"| worst of {len(best)}: {best[-1]['share']:.2f}")
 
 
 def layers(kind: str, rows: int, rate: float, how: str = "entry", many: int = 8) -> None:
@@ -299,6 +303,8 @@ def main() -> None:
     parser.add_argument("--only", default=PARTS, help=f"of {PARTS}")
     parser.add_argument("--seconds", type=float, default=120, help="after which no more candidates are compiled")
     parser.add_argument("--out", help="where all times are written, as JSON")
+    parser.add_argument("--types", default="bfloat16,int8", help="rows: of weights")
+    parser.add_argument("--rows", default="8,32,64", help="rows: of x")
     args = parser.parse_args()
     note(jax.__version__, jax.devices()[0].device_kind)
     parts, deadline, results = args.only.split(","), START + args.seconds, []
@@ -307,8 +313,8 @@ def main() -> None:
         check()
     if "sweep" in parts:
         results += sweep(candidates(), rate, deadline)
-    if "rows64" in parts:
-        results += sweep(many_rows(), rate, deadline)
+    if "rows" in parts:
+        results += sweep(several_rows(args.types, args.rows), rate, deadline)
     if "xla" in parts:  # one by one: XLA times its choices while it compiles
         results += sweep(by_xla(), rate, deadline, threads=1)
     table(results)

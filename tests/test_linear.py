@@ -12,8 +12,9 @@ import pytest
 
 from llminfer import linear
 from llminfer.config import ModelConfig, from_toml
-from llminfer.quant import maker
+from llminfer.quant import Turned, maker
 from llminfer.target import Target
+from pallas_kernels.quantized_matmul_gpu import Tiles
 
 PLAIN = Target.of("cpu", dtype="bfloat16")
 GPU = dataclasses.replace(PLAIN, kernels="triton-interpret", branches=False)
@@ -52,7 +53,15 @@ def test_a_mlp_with_what_goes_around_it(monkeypatch: pytest.MonkeyPatch, rows: i
 
 def test_tuned_products_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 17 to 64 rows, where a shape was measured."""
-    monkeypatch.setattr(linear, "many_rows_tiles", lambda kind, *shape: linear.Tiles(32, 64, 2, 2, 2))
+    monkeypatch.setattr(linear, "tiles_for_rows", lambda kind, *shape: Tiles(32, 64, 2, 2, 2))
     x, w = (jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i, shape in enumerate(((20, 256), (128, 256))))
     found, want = (linear.rows_product(x, w, target) for target in (GPU, PLAIN))
     np.testing.assert_allclose(np.asarray(found), np.asarray(want), atol=1e-3 * np.abs(np.asarray(want)).max())
+    left = linear.linear(x, Turned(w), C, GPU, residual=x[:, :128])
+    assert left.y.shape == (2, 20, 128)  # in parts, to be added up with the norm
+    norm = (jnp.ones(128, jnp.bfloat16), None)
+    want = x[:, :128] + linear.rows_product(x, w, PLAIN, jnp.bfloat16)
+    for before in (norm, None):
+        found, read, then = linear.entered(left, before, C, GPU)
+        np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(want, np.float32), rtol=0.02, atol=0.02)
+        assert then is None and (before is None) == bool((read == found).all())

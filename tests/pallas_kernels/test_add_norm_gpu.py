@@ -18,6 +18,9 @@ def check(rows: int, size: int, offset: float, interpret: bool) -> None:
     x, y, weight = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((rows, size), (rows, size), (size,)))
     total, normed = add_norm_gpu(x, y, weight, eps=1e-5, offset=offset, interpret=interpret)
     np.testing.assert_array_equal(np.asarray(total), np.asarray(x + y))
+    parts = jnp.stack([y.astype(jnp.float32) / 4, y.astype(jnp.float32) * 3 / 4])
+    for a, b in zip(add_norm_gpu(x, parts, weight, eps=1e-5, offset=offset, interpret=interpret), (total, normed), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     s = np.asarray(total, np.float64)
     want = s / np.sqrt((s**2).mean(1, keepdims=True) + 1e-5) * (np.asarray(weight, np.float64) + offset)
     np.testing.assert_allclose(np.asarray(normed, np.float64), want, rtol=1.3e-2, atol=1e-6)
@@ -38,6 +41,6 @@ def test_on_a_gpu(case: tuple[int, int, float]) -> None:
 
 def test_refuses() -> None:
     x = jnp.ones((2, 8), jnp.bfloat16)
-    for y, weight in ((x[:1], x[0]), (x, x[0, :4]), (x.astype(jnp.float32), x[0])):
+    for y, weight in ((x[:1], x[0]), (x, x[0, :4]), (x.astype(jnp.float16), x[0])):
         with pytest.raises(ValueError, match="must be bfloat16"):
             add_norm_gpu(x, y, weight, eps=1e-5)
