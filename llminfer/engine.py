@@ -6,12 +6,11 @@ So the device never waits for the host, except where the next plan depends on wh
 
 from __future__ import annotations
 
-import functools
 import math
 import secrets
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,12 +18,12 @@ import numpy as np
 
 from llminfer import cache as kv
 from llminfer import placement
-from llminfer.batch import BatchShape, pack, pack_loop, ship
+from llminfer.batch import pack, pack_loop, ship
 from llminfer.config import EngineConfig, ModelConfig, evicting
 from llminfer.errors import UserError, refuse
 from llminfer.metrics import Histogram
 from llminfer.pages import Pages
-from llminfer.programs import Program, Programs, count_compiles
+from llminfer.programs import Declared, Program, Programs, count_compiles
 from llminfer.request import MAX_STOPS, FinishReason, Logprobs, Request, SamplingParams, Sequence
 from llminfer.sampler import request_key
 from llminfer.scheduler import Item, Plan, Scheduler
@@ -39,8 +38,6 @@ SLOWED = 2.5
 # Steps of a profile; more would make it too large to look at.
 PROFILED_STEPS = 50
 _WRITTEN = 1 << 62
-# Sequences of a loop that are not likely to end all of them before it does.
-MANY = 4
 
 
 class NoRoom(UserError):
@@ -77,6 +74,7 @@ class Engine:
             placement.abstract_cache(c, settings, target, totals),
             placement.abstract_history(settings, target, self.context),
         )
+        self.declared = Declared(settings, target, self.pages.pages_for(self.context), len(c.groups))
         self.programs = Programs(c, target, self._shapes, settings.decode_steps, progress)
         self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shapes[1]))
         self.weights_bytes = 0
@@ -95,65 +93,10 @@ class Engine:
         self._traced = 0  # steps in the profile
         self._step_s = self._chunk_s = 0.0  # of the last decode loop's steps, and of the last chunk beside sequences that decode
 
-    # The declared set of programs -------------------------------------------------------------------------------
-
-    def _shape(self, tokens: int, rows: int) -> BatchShape:
-        return BatchShape(tokens, rows, self.pages.pages_for(self.context), len(self.c.groups))
-
-    @functools.cached_property
-    def _mixed(self) -> list[Program]:
-        """Token buckets: a short one for short prompts, and the whole chunk; both with a token for every slot."""
-        slots, chunk = self.settings.slots, self.settings.chunk
-        sizes = sorted({min(32, chunk) + slots, chunk + slots})
-        return [Program("mixed", self._shape(-(-size // 8) * 8, slots)) for size in sizes]
-
-    @functools.cached_property
-    def _decode(self) -> list[Program]:
-        """Row buckets: one sequence alone, a few, many, all slots; more of them where they compile fast."""
-        slots = self.settings.slots
-        sizes = {1, 8, 64, slots} | (set() if self.target.branches else {32, 128})
-        least = 2 if self.target.turned and self.settings.quantize in ("int8", "w8a8") else 1  # XLA multiplies two rows faster than one
-        return [Program("decode", self._shape(rows, rows)) for rows in sorted({max(least, min(rows, slots)) for rows in sizes})]
-
-    @functools.cached_property
-    def _logits(self) -> Program:
-        return Program("logits", self._shape(self.settings.chunk, 1))
-
-    @functools.cached_property
-    def logprobs_program(self) -> Program:
-        return Program("logprobs", self._shape(self.settings.chunk, 1))
-
-    @functools.cached_property
-    def _writer(self) -> Program:
-        return Program("history", self._shape(self.settings.chunk, 1))
-
     def warm_up(self, expect: tuple[int, int] | None = None) -> None:
         """Starts compiling in the background: all programs, the smaller first; or, where it is known what is expected (the
         tokens of a prompt, and sequences at once; 0 for none), only what that needs. What is left out is compiled when it is met."""
-        if expect is None:
-            first, *rest = self._mixed
-            self.programs.want([*self._variants(first, self._decode[0], *rest, *self._decode[1:]), self._writer])
-            return
-        tokens, sequences = expect
-        chunks = {tokens % self.settings.chunk, min(tokens, self.settings.chunk)} - {0}
-        decode = [self._fit(self._decode, sequences)] if sequences else []
-        self.programs.want(self._variants(*(self._fit(self._mixed, n) for n in sorted(chunks)), *decode))
-
-    def _variants(self, *programs: Program) -> list[Program]:
-        """Each program, where branches cost something after the plain one."""
-        return [variant for p in programs for variant in ([p] if self.target.branches else [replace(p, plain=True), p])]
-
-    def _is_plain(self, plan: Plan) -> bool:
-        """Whether the plain program will do. A loop of it cannot be left early: for few sequences, which may all end, only if none can."""
-        if self.target.branches or not all(item.seq.request.params.plain for item in plan.items):
-            return False
-        ends = any(item.seq.request.end_ids for item in plan.items)
-        whole = plan.steps == self.settings.decode_steps and not plan.eager and (len(plan.items) >= MANY or not ends)
-        return whole or not plan.steps
-
-    @staticmethod
-    def _fit(programs: list[Program], tokens: int) -> Program:
-        return next((p for p in programs if p.shape.tokens >= tokens), programs[-1])
+        self.programs.want(self.declared.all() if expect is None else self.declared.expected(*expect))
 
     # Weights ----------------------------------------------------------------------------------------------------
 
@@ -292,8 +235,7 @@ class Engine:
         return late
 
     def _send(self, plan: Plan) -> _Flight:
-        program = self._fit(self._decode, len(plan.items)) if plan.steps else self._fit(self._mixed, sum(i.count for i in plan.items))
-        program = replace(program, plain=self._is_plain(plan))
+        program = self.declared.of(plan)
         compiled = self.programs.get(program)
         for item in plan.items:
             if item.seq.request.params.penalises:
@@ -360,7 +302,7 @@ class Engine:
             tokens = np.zeros(size, np.int32)
             count = min(size, item.start - start)
             tokens[:count] = seq.slice(start, start + count)
-            write = self.programs.get(self._writer)
+            write = self.programs.get(self.declared.writer)
             with count_compiles(self._compiled):
                 self._history = write(self._history, tokens, np.int32(seq.slot), np.int32(start), np.int32(count))
 
@@ -415,12 +357,12 @@ class Engine:
 
     def prompt_logits(self, prompt: list[int]) -> np.ndarray:
         """float32 [len, vocab] of every position, through the paged cache in chunks, as a served prompt would be."""
-        return np.concatenate(list(self._by_chunks(_plain(prompt), self._logits)))
+        return np.concatenate(list(self._by_chunks(_plain(prompt), self.declared.logits)))
 
     def token_logprobs(self, prompt: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """(float32 [len - 1], bool [len - 1]) of the second token of a prompt and all after it: its log-probability given all before
         it, and whether none was likelier. The prompt has at most `context` tokens; computed as in prompt_logits."""
-        parts = list(self._by_chunks(_plain(prompt), self.logprobs_program, most=0))
+        parts = list(self._by_chunks(_plain(prompt), self.declared.logprobs, most=0))
         logprobs, best = (np.concatenate([part[i] for part in parts])[:-1] for i in range(2))
         return logprobs, best
 
@@ -430,7 +372,7 @@ class Engine:
         request, found = made[0].request, []
         most = request.params.prompt_logprobs or 0
         wanted = lambda: any(seq.finish is None for seq in made)  # not all aborted meanwhile
-        chunks = self._by_chunks(request, self.logprobs_program, most=max(most, 1))
+        chunks = self._by_chunks(request, self.declared.logprobs, most=max(most, 1))
         while wanted() and (part := next(chunks, None)) is not None:
             found.append(part)
             yield

@@ -76,7 +76,7 @@ def _measure(options: argparse.Namespace, text: str, most: int | None, stride: i
         wrong = max(ids)
         if wrong >= llm.config.vocab_size:
             raise refuse("token id", wrong, f"the tokenizer gives ids beyond the model's vocabulary of {llm.config.vocab_size}")
-        llm.engine.programs.want([llm.engine.logprobs_program])
+        llm.engine.programs.want([llm.engine.declared.logprobs])
         return 0, 0
 
     llm = cli.load(options, expect)

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from jax.sharding import Mesh
 
 from llminfer import step
 from llminfer.batch import BatchShape, pack, pack_loop, ship, unship
-from llminfer.config import ModelConfig
+from llminfer.config import EngineConfig, ModelConfig
 from llminfer.scheduler import Plan
 from llminfer.target import Target
 
 MAX_THREADS = max(1, min(4, os.cpu_count() or 1))
+MANY = 4  # sequences of a loop that are not likely to end all of them before it does
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _counting: ContextVar[list[int] | None] = ContextVar("counting", default=None)
 
@@ -47,6 +48,78 @@ class Program:
     @property
     def name(self) -> str:
         return f"{self.kind}_{self.shape.tokens}" + ("_plain" if self.plain else "")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What an engine may ever run. pages: of a sequence; groups: of pages."""
+
+    settings: EngineConfig
+    target: Target
+    pages: int
+    groups: int
+
+    def _program(self, kind: str, tokens: int, rows: int) -> Program:
+        return Program(kind, BatchShape(tokens, rows, self.pages, self.groups))
+
+    @functools.cached_property
+    def mixed(self) -> list[Program]:
+        """Token buckets: a short one for short prompts, and the whole chunk; both with a token for every slot."""
+        slots, chunk = self.settings.slots, self.settings.chunk
+        sizes = sorted({min(32, chunk) + slots, chunk + slots})
+        return [self._program("mixed", -(-size // 8) * 8, slots) for size in sizes]
+
+    @functools.cached_property
+    def decode(self) -> list[Program]:
+        """Row buckets: one sequence alone, a few, many, all slots; more of them where they compile fast."""
+        slots = self.settings.slots
+        sizes = {1, 8, 64, slots} | (set() if self.target.branches else {32, 128})
+        least = 2 if self.target.turned and self.settings.quantize in ("int8", "w8a8") else 1  # XLA multiplies two rows faster than one
+        return [self._program("decode", rows, rows) for rows in sorted({max(least, min(rows, slots)) for rows in sizes})]
+
+    @functools.cached_property
+    def logits(self) -> Program:
+        return self._program("logits", self.settings.chunk, 1)
+
+    @functools.cached_property
+    def logprobs(self) -> Program:
+        return self._program("logprobs", self.settings.chunk, 1)
+
+    @functools.cached_property
+    def writer(self) -> Program:
+        return self._program("history", self.settings.chunk, 1)
+
+    def all(self) -> list[Program]:
+        """What serving needs, the smaller first."""
+        first, *rest = self.mixed
+        return [*self._variants(first, self.decode[0], *rest, *self.decode[1:]), self.writer]
+
+    def expected(self, tokens: int, sequences: int) -> list[Program]:
+        """What prompts of so many tokens and so many sequences at once need; 0 for none."""
+        chunks = {tokens % self.settings.chunk, min(tokens, self.settings.chunk)} - {0}
+        decode = [_fit(self.decode, sequences)] if sequences else []
+        return self._variants(*(_fit(self.mixed, n) for n in sorted(chunks)), *decode)
+
+    def of(self, plan: Plan) -> Program:
+        """The smallest program that does a plan."""
+        program = _fit(self.decode, len(plan.items)) if plan.steps else _fit(self.mixed, sum(item.count for item in plan.items))
+        return replace(program, plain=self._is_plain(plan))
+
+    def _variants(self, *programs: Program) -> list[Program]:
+        """Each program, where branches cost something after the plain one."""
+        return [variant for p in programs for variant in ([p] if self.target.branches else [replace(p, plain=True), p])]
+
+    def _is_plain(self, plan: Plan) -> bool:
+        """Whether the plain program will do. A loop of it cannot be left early: for few sequences, which may all end, only if none can."""
+        if self.target.branches or not all(item.seq.request.params.plain for item in plan.items):
+            return False
+        ends = any(item.seq.request.end_ids for item in plan.items)
+        whole = plan.steps == self.settings.decode_steps and not plan.eager and (len(plan.items) >= MANY or not ends)
+        return whole or not plan.steps
+
+
+def _fit(programs: list[Program], tokens: int) -> Program:
+    return next((p for p in programs if p.shape.tokens >= tokens), programs[-1])
 
 
 class Programs:

@@ -73,7 +73,6 @@ def paged_attention(
 ):
     """Writes k and v into kv and attends. Returns (out [T, Hq, D] of q's dtype, kv), then kv_scale if it was given, then the sums if
     with_lse; rows of T that belong to no sequence come back as zeros.
-
     q_max: static bound of q_len (1: pure decode). softcap: scores become softcap * tanh(scores / softcap). sinks: static.
     kv_splits: static, parts in which the TPU kernel looks at the context of a sequence that decodes. debug: a sequence with a page id,
     length or window that cannot be is not touched, and its rows come back as NaN. chip, blocks: of a TPU, by which tuned.toml is asked

@@ -106,7 +106,7 @@ def compare(model: str, count: int, context: int = 512) -> int:
             changes = {"pages": context * 5 // 64}
         llm = LLM(model, **(base | changes))
         if name == "after aborts":
-            disturb(llm, 200)
+            disturb(llm, min(200, 4 * count))
         start = time.perf_counter()
         found = serve_preempting(llm, work) if name == "every one preempted" else serve(llm, work)
         differ = [i for i, (a, b) in enumerate(zip(alone, found, strict=True)) if a != b]

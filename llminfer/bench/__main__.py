@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -75,13 +76,14 @@ def _cases(options: argparse.Namespace) -> dict[str, Any]:
     peer = cases.read_peer(options.beside) if options.beside else {}
     options.set = [f"{name}={str(value).lower()}" for name, value in cases.settings(letters, scale).items()] + options.set
     llm = cli.load(options)
+    rows = []
     with RichProgress() as progress:
-        rows = cases.measure(llm, letters, runs, scale, progress)
+        for row in cases.measure(llm, letters, runs, scale, progress):  # each is said at once: a long run may be cut off
+            rows.append(row)
+            print(json.dumps(row) if options.json else cases.table([row], peer)[0], flush=True)
     about = _about(llm) | {name: llm.stats()[name] for name in ("compiles_after_warmup", "load_s")}
     if plotted:
         plotted.write_text(cases.plot(rows, peer, f"{about['model']} on {about['platform']}"), encoding="utf-8")
-    if not options.json:
-        print("\n".join(cases.table(rows, peer)))
     return about | {"cases": rows, "peer": peer}
 
 

@@ -11,7 +11,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,16 +56,15 @@ def settings(letters: list[str], scale: float = 1.0) -> dict[str, Any]:
     return {"slots": slots, "context": max(64, round(4096 * scale)), "chunk": max(32, round(4096 * scale)), "prefix_cache": False}
 
 
-def measure(llm: Any, letters: list[str], runs: int, scale: float = 1.0, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """The rows of the cases: each with its figure, the median of `runs` after one that is not counted."""
-    task, rows = start(progress, "Measuring", len(letters) * (runs + 1)), []
+def measure(llm: Any, letters: list[str], runs: int, scale: float = 1.0, progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of the cases, as they are measured: each with its figure, the median of `runs` after one that is not counted."""
+    task = start(progress, "Measuring", len(letters) * (runs + 1))
     llm.engine.programs.wait_all()  # nothing is to be compiled while the clock runs
     for letter in letters:
         case = CASES[letter]
         times = [_once(llm, case, seed, scale, task.advance) for seed in range(runs + 1)][1:]
-        rows.append({"case": letter, "what": case.what, **_figures(case, times, scale), "seconds": times})
+        yield {"case": letter, "what": case.what, **_figures(case, times, scale), "seconds": times}
     task.done()
-    return rows
 
 
 def _once(llm: Any, case: Case, seed: int, scale: float, advance: Callable[[int], None]) -> list[float]:
