@@ -67,8 +67,8 @@ class Declared:
         """Token buckets: a short one for short prompts, and the whole chunk, both with a token for every slot; and where those are many,
         the chunk alone, for when nobody decodes."""
         slots, chunk = self.settings.slots, self.settings.chunk
-        sizes = sorted({min(32, chunk) + slots, chunk + slots, *([chunk] if slots * 16 >= chunk > 32 + slots else [])})
-        return [self._program("mixed", -(-size // 8) * 8, slots) for size in sizes]
+        sizes = {min(32, chunk) + slots, chunk + slots} | ({chunk} if slots * 16 >= chunk > 32 + slots else set())
+        return [self._program("mixed", -(-size // 8) * 8, slots) for size in sorted(sizes)]
 
     @functools.cached_property
     def decode(self) -> list[Program]:
