@@ -74,5 +74,5 @@ def _product(x: jax.Array, w: Any, sizes: jax.Array, layer: jax.Array, activatio
     if scale is not None and scale.shape[2] == 1:
         scale = scale[:, :, 0]
     inner, out = x.shape[1], q.shape[3] // (1 if activation is None else 2)
-    impl = target.body if inner % LANES == 0 and out % LANES == 0 else "reference"
+    impl = target.kernels if target.turned else target.body if inner % LANES == 0 and out % LANES == 0 else "reference"
     return grouped_matmul(x, q, sizes, layer=layer, scale=scale, activation=activation, chip=target.chip, impl=impl)

@@ -18,7 +18,8 @@ outlives a step. Inside a step, rows are multiplied in windows of a few sizes th
 small window in the time that it needs to load the weights, so the smallest size that holds what is left is the cheapest. Rows of other
 experts in a window keep what they had. The idea of work items over sorted groups: Gale et al., MegaBlocks (arXiv 2211.15841).
 
-`impl`: "reference" (plain jnp: the contract, and what a CPU runs), "pallas" (TPU), "interpret" (the kernel, interpreted on a CPU).
+`impl`: "reference" (plain jnp: the contract, and what a CPU runs), "pallas" (TPU), "interpret" (the kernel, interpreted on a CPU),
+"triton" (grouped_matmul_gpu.py, where it fits, else the reference) and "triton-interpret".
 """
 
 from __future__ import annotations
@@ -109,10 +110,17 @@ def grouped_matmul(
     compiled (the reference needs none). blocks: of the kernel; None: what tuned.toml has, else default_blocks. Returns [M, N], or with an
     activation [M, N / 2]. A layer out of range is undefined. Raises ValueError for shapes, types and blocks that cannot work."""
     shape = check(x, w, group_sizes, scale, bias, activation, chip)
+    if impl in ("triton", "triton-interpret"):
+        from pallas_kernels.grouped_matmul_gpu import fits, grouped_matmul_gpu
+
+        if fits(x, w, scale):
+            more: dict[str, Any] = dict(layer=layer, scale=scale, bias=bias, activation=activation, interpret=impl != "triton")
+            return grouped_matmul_gpu(x, w, group_sizes, **more)
+        impl = "reference"
     if impl == "reference":
         return grouped_matmul_reference(shape, x, w, group_sizes, layer, scale, bias)
     if impl not in ("pallas", "interpret"):
-        raise ValueError(f"impl={impl!r}: legal: reference, pallas, interpret")
+        raise ValueError(f"impl={impl!r}: legal: reference, pallas, interpret, triton, triton-interpret")
     if chip not in CHIPS:
         raise ValueError(f"chip={chip!r}: must be one of {', '.join(CHIPS)}")
     blocks = blocks or tuned_blocks(shape) or default_blocks(shape)
