@@ -101,8 +101,7 @@ def paged_attention(
         out, kv, kv_scale, lse = paged_attention_gpu(q, k, v, kv, **args, kv_scale=kv_scale, interpret=impl != "triton")
     else:
         raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret, triton, triton-interpret")
-    if sound is not None:
-        out = _spoil(out, sound, q_start, asked)
+    out = out if sound is None else _spoil(out, sound, q_start, asked)
     return (out, kv, *([] if kv_scale is None else [kv_scale]), *([lse] if with_lse else []))
 
 
