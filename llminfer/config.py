@@ -256,7 +256,8 @@ class EngineConfig:
     of the first steps, which xprof and TensorBoard show. kv_policy: "sinks:4,window:1024" keeps the keys and values of the first 4
     and the last 1024 tokens only, in layers that would see all (StreamingLLM, arXiv 2309.17453). quantize: "int8" and "int4" round the
     matrices of the layers, by output channel and in groups of 128 (64, 32) inputs; "mxfp4" to floats of 4 bits in groups of 32 (OCP
-    Microscaling Formats); "w8a8" is int8, and tokens are rounded to int8 too."""
+    Microscaling Formats); "w8a8" is int8, and tokens are rounded to int8 too. quantize_head: the output head too (w8a8: as int8); an
+    embedding that is also the head stays as it is for looking tokens up."""
 
     slots: int = 8
     context: int | None = None
@@ -266,6 +267,7 @@ class EngineConfig:
     prefix_cache: bool = True
     dtype: str = "auto"
     quantize: str | None = None
+    quantize_head: bool = False
     kv_dtype: str | None = None
     kv_policy: str | None = None
     mesh: str = ""
@@ -291,12 +293,14 @@ class EngineConfig:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("layout", self.layout, ("auto", "listed", "stacked"))
         _one_of("quantize", self.quantize, QUANTIZATIONS)
+        if self.quantize_head and self.quantize is None:
+            raise refuse("quantize_head", True, f"needs quantize, one of {', '.join(q for q in QUANTIZATIONS if q)}")
         _one_of("kv_dtype", self.kv_dtype, (None, "float32", "bfloat16", "int8", "float8_e4m3fn"))
         _one_of("speculate", self.speculate, (None,))
         policy = parse_policy(self.kv_policy)
         if policy and policy[0] and self.kv_dtype in ("int8", "float8_e4m3fn"):
             raise refuse("kv_policy", self.kv_policy, f"sinks must be 0 with kv_dtype={self.kv_dtype}")
-        for field in ("prefix_cache", "debug"):
+        for field in ("prefix_cache", "debug", "quantize_head"):
             _one_of(field, getattr(self, field), (True, False))
         for field in ("cache_dir", "profile"):
             if not isinstance(getattr(self, field), (str, type(None))):

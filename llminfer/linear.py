@@ -120,6 +120,17 @@ def matmul(x: jax.Array, w: Any, target: Target) -> jax.Array:
     return quantized_matmul_reference(x, whole.q, whole.scale, layer=layer, quantize_x=whole.by_token)
 
 
+def head_product(x: jax.Array, head: Any, target: Target) -> jax.Array:
+    """float32 [T, V] of x [T, D] and a head [V, D], or a QTensor of [D, V]."""
+    if not isinstance(head, QTensor):
+        return rows_product(x, head, target)
+    if not head.turned:
+        return matmul(x.astype(jnp.float32), head, target)
+    product = functools.partial(_turned_product, by_token=False, target=target, out=jnp.float32)
+    whole, layer = stack_of(head)
+    return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target.mesh)
+
+
 def rows_product(x: jax.Array, w: jax.Array, target: Target, out: Any = jnp.float32) -> jax.Array:
     """[T, out] of x [T, in] and w [out, in], in the type `out`, summed in float32."""
     held = _for_one_row(x, Turned(w), target)
@@ -141,9 +152,11 @@ def _parts(x: jax.Array, w: jax.Array, target: Target, out: Any = None) -> jax.A
     return None if tiles is None else run(x, w[None], None, tiles, kind="bfloat16", out=out, interpret=target.interpret)
 
 
-def _turned_product(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:
+def _turned_product(
+    x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target, out: Any = None
+) -> jax.Array:
     whole: Any = 0 if q.shape[0] == 1 else layer  # a number is better than one that a kernel must read
-    return quantized_matmul_gpu(x, q, scale, layer=whole, quantize_x=by_token, interpret=target.interpret)
+    return quantized_matmul_gpu(x, q, scale, layer=whole, quantize_x=by_token, out=out, interpret=target.interpret)
 
 
 def _by_kernel(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:

@@ -14,7 +14,7 @@ from llminfer.batch import Batch
 from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
 from llminfer.layers import norm, qk_norm, rope_tables, rotate, softcap
-from llminfer.linear import Norm, add, entered, linear, rows_product
+from llminfer.linear import Norm, add, entered, head_product, linear
 from llminfer.params import Layer, Params
 from llminfer.quant import QTensor, Stacked
 from llminfer.target import Target
@@ -191,7 +191,7 @@ def _by_heads(attend: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def logits(params: Params, hidden: jax.Array, c: ModelConfig, target: Target) -> jax.Array:
     """float32 [N, V] of hidden states [N, D] (after the final norm)."""
-    head = params.embed if c.tie_embeddings else params.lm_head
+    head = params.embed if params.lm_head is None else params.lm_head
     with jax.named_scope("head"):
-        y = rows_product(hidden, head, target)
+        y = head_product(hidden, head, target)
         return softcap(y if c.logit_scale == 1 else y * c.logit_scale, c.logit_softcap)

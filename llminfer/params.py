@@ -61,13 +61,14 @@ class Layer:
 @flax.struct.dataclass
 class Params:
     """All weights. `stacked`: one Layer a position of the layer pattern, each leaf [repeats, ...], run under a scan;
-    `listed`: the layers after those (all of them in the listed layout). lm_head is None when tied to embed."""
+    `listed`: the layers after those (all of them in the listed layout). lm_head is None when tied to embed,
+    unless it is quantized: then it is a QTensor of [D, V]."""
 
     embed: Any  # [V, D]
     stacked: tuple[Layer, ...]
     listed: tuple[Layer, ...]
     final_norm: Any  # [D]
-    lm_head: Any = None  # [V, D]
+    lm_head: Any = None  # [V, D], or a QTensor
     positions: Any = None  # [max_position, D], where positions are learned
     final_norm_bias: Any = None  # [D]
 

@@ -39,7 +39,19 @@ def first_device(target: Target) -> Any:
 def abstract_params(c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
     """ShapeDtypeStructs, with shardings, of the weights in the target's layout."""
     specs = params.stacked_specs(c) if target.stacked else params.param_specs(c)
+    specs = replace(specs, lm_head=_head_spec(c)) if settings.quantize_head else specs
     return jax.tree.map(lambda spec: _abstract(spec, settings, target), specs, is_leaf=params.is_spec)
+
+
+def _head_spec(c: ModelConfig) -> params.ParamSpec:
+    """Of a head that is quantized: like any matrix it is [in, out]."""
+    return params.ParamSpec((c.hidden_size, c.vocab_size), ("embed", "vocab"), matrix=True)
+
+
+def _head_maker(c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
+    """The compiled function that quantizes a head [V, D], None where it stays as it is."""
+    make = _maker(_head_spec(c), settings, target) if settings.quantize_head else None
+    return None if make is None else jax.jit(lambda w: make(w.T))
 
 
 def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
@@ -66,7 +78,8 @@ def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) ->
 
 def _maker(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
     """What makes of a weight what the target multiplies with, None for one that stays as it is."""
-    return maker(settings.quantize, spec.axes, ways(target.mesh, spec.axes[-2]), target) if spec.matrix else None
+    kind = "int8" if settings.quantize == "w8a8" and "vocab" in spec.axes else settings.quantize
+    return maker(kind, spec.axes, ways(target.mesh, spec.axes[-2]), target) if spec.matrix else None
 
 
 def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, totals: tuple[int, ...]) -> cache.KVCache:
@@ -109,6 +122,8 @@ def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, setting
     leaves, tree = jax.tree.flatten(specs, is_leaf=params.is_spec)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(leaves)))
     placed = tree.unflatten([makers(spec)(random(spec)(keys[i])) for i, spec in enumerate(leaves)])
+    if make_head := _head_maker(c, settings, target):
+        placed = replace(placed, lm_head=make_head(placed.embed if placed.lm_head is None else placed.lm_head))
     if target.stacked:
         placed = params.stack(placed, c)
     wanted = abstract_params(c, settings, target)
@@ -138,6 +153,7 @@ def _makers(settings: EngineConfig, target: Target) -> Any:
 def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
     wanted, dtype = abstract_params(c, settings, target), jnp.dtype(target.dtype)
     spec_of = dict(leaves_of(specs))
+    make_head = _head_maker(c, settings, target)
     makers, widen = _makers(settings, target), jax.jit(lambda x: x.astype(dtype))
     # An update of a slice and not a scatter, for which XLA:CPU would convert a whole bfloat16 array.
     write_one = lambda whole, x, i: jax.lax.dynamic_update_index_in_dim(whole, x, i, 0)
@@ -154,6 +170,10 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
         # On a CPU an array that is ours alone becomes the weight; a mapped file is copied, once and for all.
         x = jax.device_put(array, sharding(target.mesh, spec.axes, first_device(target)), may_alias=array.flags.writeable)
         x = makers(spec)(x if x.dtype == dtype else widen(x))
+        if make_head and name == ("embed" if c.tie_embeddings else "lm_head"):
+            head = make_head(x)
+            listed |= {"lm_head": head}
+            x = head if name == "lm_head" else x
         del array
         number, leaf = layer_of(name)
         if number is not None and number < under_scan:

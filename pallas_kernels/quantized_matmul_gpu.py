@@ -83,30 +83,30 @@ def for_gpu(w, scale):
 
 
 def quantized_matmul_gpu(
-    x, w, scale, *, layer: Any = 0, minimum=None, quantize_x=False, tiles: Tiles | None = None, interpret=False
+    x, w, scale, *, layer: Any = 0, minimum=None, quantize_x=False, out: Any = None, tiles: Tiles | None = None, interpret=False
 ) -> jax.Array:
-    """x [M, K] times layer `layer` of w, in x's dtype, summed in float32 (quantize_x: int32). See the module for shapes.
+    """x [M, K] times layer `layer` of w, summed in float32 (quantize_x: int32). See the module for shapes. out: None for x's dtype.
 
     tiles: None: what was measured for the shape, else a guess. interpret: the kernel on a CPU. Raises ValueError for shapes and types."""
     kind, group = _check(x, w, scale, minimum, quantize_x)
     scale = scale if scale.ndim == 3 else scale[:, None]
-    parts = 3 if x.dtype == f32 else 1
+    parts, out = 3 if x.dtype == f32 else 1, out or x.dtype
     if not group and not quantize_x and parts == 1 and isinstance(layer, int) and (best := tiles_for_rows(kind, x.shape[0], *w.shape[1:])):
-        return functools.reduce(jnp.add, list(run(x, w, scale, best, kind=kind, layer=layer, interpret=interpret))).astype(x.dtype)
+        return functools.reduce(jnp.add, list(run(x, w, scale, best, kind=kind, layer=layer, out=out, interpret=interpret))).astype(out)
     if not group or parts * x.shape[0] > MOST_ROWS or x.shape[1] % LANES or w.shape[1] % LANES:
         pick = lambda a: a[layer] if isinstance(layer, int) else lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)
-        y = _by_xla(x, pick(w), pick(scale), kind, group, quantize_x)
+        y = _by_xla(x, pick(w), pick(scale), kind, group, quantize_x, out)
     else:
         left = jnp.concatenate(bfloat16_parts(x, parts)) if parts > 1 else x
         tiles = _legal(tiles or _guess(left.shape[0], x.shape[1], w.shape[1], kind), kind, group, x.shape[1], w.shape[1], exact=parts > 1)
-        sums = run(left, w, scale, tiles, kind=kind, layer=layer, out=f32 if parts > 1 else None, interpret=interpret)
+        sums = run(left, w, scale, tiles, kind=kind, layer=layer, out=f32 if parts > 1 else out, interpret=interpret)
         y = functools.reduce(jnp.add, list(sums))  # as so many additions, which XLA makes part of what comes next
-        y = functools.reduce(jnp.add, list(y.reshape(parts, *x.shape[:1], -1))).astype(x.dtype)
+        y = functools.reduce(jnp.add, list(y.reshape(parts, *x.shape[:1], -1))).astype(out)
     if minimum is None:
         return y
     least = minimum[layer] if isinstance(layer, int) else lax.dynamic_index_in_dim(minimum, layer, 0, keepdims=False)
     sums = x.astype(f32).reshape(x.shape[0], least.shape[0], -1).sum(axis=2)
-    return (y.astype(f32) + jnp.dot(sums, least.astype(f32), precision=lax.Precision.HIGHEST)).astype(x.dtype)
+    return (y.astype(f32) + jnp.dot(sums, least.astype(f32), precision=lax.Precision.HIGHEST)).astype(out)
 
 
 def tiles_for_rows(kind: str, many: int, columns: int, inner: int) -> Tiles | None:
@@ -140,7 +140,7 @@ def _check(x, w, scale, minimum, quantize_x) -> tuple[str, int]:
     return kind, group
 
 
-def _by_xla(x, w, scale, kind, group, quantize_x):
+def _by_xla(x, w, scale, kind, group, quantize_x, out):
     """Of one layer, w [N, stored]."""
     many, dims = x.shape[0], (((1,), (1,)), ((), ()))
     rows = jnp.pad(x, ((0, 1), (0, 0))) if many == 1 else x
@@ -148,7 +148,7 @@ def _by_xla(x, w, scale, kind, group, quantize_x):
     if quantize_x:
         rows, amount = quantize_rows(rows)
         y = lax.dot_general(rows, w, dims, preferred_element_type=jnp.int32).astype(f32) * amount * scale
-        return y[:many].astype(x.dtype)
+        return y[:many].astype(out)
     if group:
         if kind in FOUR_BITS:
             pairs = w.reshape(w.shape[0], -1, 1, group)
@@ -161,7 +161,7 @@ def _by_xla(x, w, scale, kind, group, quantize_x):
         w = (full.reshape(w.shape[0], -1, group).astype(f32) * scale.T[:, :, None]).reshape(w.shape[0], -1)
     precision = lax.Precision.HIGHEST if x.dtype == f32 else None
     y = lax.dot_general(rows, w.astype(x.dtype), dims, precision=precision, preferred_element_type=f32)
-    return (y if group else y * scale)[:many].astype(x.dtype)
+    return (y if group else y * scale)[:many].astype(out)
 
 
 def _guess(many, inner, columns, kind) -> Tiles:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from llminfer import LLM
 from llminfer.errors import UserError
-from llminfer.linear import matmul
+from llminfer.linear import head_product, matmul
 from llminfer.quant import QTensor, Stacked, Turned, dequantize, maker, quantize_int4, quantize_int8, quantize_to_mxfp4
 from llminfer.target import Target, chip_of
 
@@ -126,6 +126,35 @@ def test_models_stay_close(model: str, kind: str, bound: float, other: dict) -> 
     exact, rounded = logits(model), logits(model, quantize=kind)
     assert 0 < np.abs(exact - rounded).max() < bound * np.ptp(exact)
     close(logits(model, quantize=kind, **other), rounded, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "bound", "other"),
+    [
+        ("config:tiny", "int8", 0.05, {"layout": "stacked"}),
+        ("config:tiny", "w8a8", 0.05, {"mesh": "tp=2"}),
+        ("config:tiny_gemma3", "int4", 0.4, {"layout": "stacked"}),
+    ],
+)
+def test_a_head_is_quantized_too(model: str, kind: str, bound: float, other: dict) -> None:
+    """Of its own, or tied to the embedding, which stays for looking tokens up."""
+    if len(jax.devices()) < 2:
+        other = other | {"mesh": ""}
+    exact, layers, whole = logits(model), logits(model, quantize=kind), logits(model, quantize=kind, quantize_head=True)
+    assert np.abs(whole - layers).max() > 0 and np.abs(whole - exact).max() < bound * np.ptp(exact)
+    close(logits(model, quantize=kind, quantize_head=True, **other), whole, 1e-4)
+    with pytest.raises(UserError, match=r"quantize_head=True.*needs quantize, one of int8"):
+        LLM(model, quantize_head=True)
+
+
+def test_a_head_is_a_float32_product_on_every_target() -> None:
+    x, w = random(3, 256, seed=7).astype(jnp.bfloat16), random(256, 384, seed=8)
+    for kind in ("int8", "int4", "mxfp4"):
+        want = np.asarray(x, np.float64) @ dequantize(maker(kind, ("embed", "vocab"), 1, CPU)(w)).astype(np.float64)
+        for target in (CPU, KERNEL, GPU):
+            found = head_product(x, maker(kind, ("embed", "vocab"), 1, target)(w), target)
+            assert found.dtype == jnp.float32 and found.shape == (3, 384)
+            close(found, want, 2e-2 if target is CPU and kind == "int8" else 1e-3)  # XLA:CPU multiplies whole numbers
 
 
 def test_a_gpu_has_its_matrices_turned() -> None:
