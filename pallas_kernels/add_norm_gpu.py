@@ -30,7 +30,8 @@ def add_norm_gpu(x, y, weight, *, eps: float, offset: float = 0.0, interpret=Fal
         row, lanes = pl.program_id(0), lax.iota(jnp.int32, block)
         inside = None if block == size else lanes < size
         read = lambda ref: plgpu.load(ref, mask=inside, other=None if inside is None else 0.0)
-        at = (row, pl.ds(0, block))
+        here = pl.ds(0, size) if inside is None else lanes  # a slice may not reach beyond an array
+        at = (row, here)
         s = read(x.at[at]).astype(f32)
         for part in range(parts.shape[0]):
             s += read(y.at[(jnp.int32(part), *at)]).astype(f32)
@@ -38,7 +39,7 @@ def add_norm_gpu(x, y, weight, *, eps: float, offset: float = 0.0, interpret=Fal
         plgpu.store(total.at[at], s, mask=inside)
         wide = s.astype(f32)
         n = wide * lax.rsqrt(jnp.sum(wide * wide) / size + eps)
-        by = read(weight.at[pl.ds(0, block)]).astype(f32)
+        by = read(weight.at[here]).astype(f32)
         n = n * (by + offset) if offset else by * n.astype(bf16).astype(f32)
         plgpu.store(normed.at[at], n.astype(bf16), mask=inside)
 

@@ -49,6 +49,7 @@ def grouped_matmul_gpu(x, w, group_sizes, *, layer: Any = 0, scale=None, bias=No
     rows, experts, columns = x.shape[0], w.shape[1], w.shape[3] // (1 if activation is None else 2)
     tiles = tiles or default_tiles(rows, experts, x.shape[1], columns)
     owner, first, count = _items(group_sizes, rows, tiles.rows)
+    x = jnp.pad(x, ((0, max(0, tiles.rows - rows)), (0, 0)))  # a slice may not be longer than an array
     given = dict(x=x, w=w, owner=owner, first=first, count=count, layer=jnp.asarray(layer, jnp.int32).reshape(1))
     given |= {} if scale is None else dict(scale=scale)
     given |= {} if bias is None else dict(bias=bias)
@@ -59,12 +60,12 @@ def grouped_matmul_gpu(x, w, group_sizes, *, layer: Any = 0, scale=None, bias=No
     out = pl.pallas_call(
         kernel,
         grid=(owner.shape[0], columns // tiles.columns),
-        out_shape=jax.ShapeDtypeStruct((rows, columns), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="grouped_matmul_gpu",
     )(*given.values())
-    return jnp.where((jnp.arange(rows) < jnp.sum(group_sizes))[:, None], out, 0)  # what nobody wrote may be anything
+    return jnp.where((jnp.arange(rows) < jnp.sum(group_sizes))[:, None], out[:rows], 0)  # what nobody wrote may be anything
 
 
 def _items(sizes, rows: int, tile: int):

@@ -35,6 +35,7 @@ CASES = {
     "all": Case((0, 70, 0), activation="silu"),
     "none": Case((0, 0, 0)),
     "one_each": Case((1,) * 40, rows=40, activation="gelu"),
+    "few": Case((0, 2, 0, 1), rows=5, activation="silu"),
     "edges": Case((16, 15, 17, 16), rows=64, bias=True, activation="clamped"),
     "float32": Case((3, 40, 1), dtype=f32, activation="silu"),
     "int8": Case((20, 0, 31), weights=i8),
