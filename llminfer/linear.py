@@ -45,12 +45,10 @@ def linear(
     of the first half times the second where the model's mlp is gated. On a GPU all of it is one kernel for one row; for others the residual
     comes back as a Sum, to be given to `entered`."""
     plain = bias is None and (before is None or (c.norm == "rms" and before[1] is None)) and (residual is None or c.residual_scale == 1)
-    if plain and (not act or (c.gated and c.activation in gpu.ACTIVATIONS)):
-        gate = c.activation if act else None
-        held = _for_one_row(x, w, target, gate)
-        if held is not None:
-            how: dict[str, Any] = {} if before is None else dict(norm=before[0], eps=c.norm_eps, offset=float(c.norm_offset))
-            return gpu.matvec_gpu(x, held, **how, gate=gate, residual=residual, out=x.dtype, interpret=target.interpret)
+    gate = c.activation if act else None
+    if plain and isinstance(w, Turned) and (not act or c.gated) and _one_row(x, w.w, target, gate):
+        how: dict[str, Any] = {} if before is None else dict(norm=before[0], eps=c.norm_eps, offset=float(c.norm_offset))
+        return gpu.matvec_gpu(x, w.w, **how, gate=gate, residual=residual, out=x.dtype, interpret=target.interpret)
     x = x if before is None else norm(x, before[0], before[1], c)
     later = residual is not None and _sums_later(residual, c, target)
     if residual is not None and later and bias is None and not act and isinstance(w, Turned):
@@ -90,30 +88,34 @@ def add(x: jax.Array, y: jax.Array, c: ModelConfig) -> jax.Array:
     return x + (y if c.residual_scale == 1 else y * jnp.asarray(c.residual_scale, y.dtype))
 
 
-def _for_one_row(x: jax.Array, w: Any, target: Target, gate: str | None = None) -> Any:
-    """The weights as the kernel for one row takes them, None where it does not."""
-    if not target.turned or target.mesh is not None or x.shape[0] != 1 or x.dtype != jnp.bfloat16:
-        return None
-    if not isinstance(w, Turned) or w.w.dtype != jnp.bfloat16:
-        return None
-    columns, inner = w.w.shape
-    return w.w if gpu.matvec_fits(columns, inner, gate) else None
+def _ours(x: jax.Array, w: jax.Array, target: Target) -> bool:
+    """Whether a GPU's kernels for bfloat16 are to be asked for x [T, in] and w [out, in]."""
+    return target.turned and target.mesh is None and x.dtype == w.dtype == jnp.bfloat16
 
 
-def matmul(x: jax.Array, w: Any, target: Target) -> jax.Array:
-    """x [T, in] times w [in, out] (an array, Turned, a QTensor, or Stacked QTensor), in x's dtype, summed in float32.
+def _one_row(x: jax.Array, w: jax.Array, target: Target, gate: str | None = None) -> bool:
+    """Whether that for one row takes them."""
+    fits = x.shape[0] == 1 and gate in (None, *gpu.ACTIVATIONS) and gpu.matvec_fits(w.shape[0], w.shape[1], gate)
+    return fits and _ours(x, w, target)
+
+
+def matmul(x: jax.Array, w: Any, target: Target, out: Any = None) -> jax.Array:
+    """x [T, in] times w [in, out] (an array, Turned, a QTensor, or Stacked QTensor), summed in float32. out: None for x's dtype.
 
     A TPU multiplies quantized weights as they are, by the kernel that picks a layer out of its stack. On a CPU, where a conversion of
     the weights costs more than it saves, x is rounded to int8 by token whenever a channel has one scale."""
     if isinstance(w, Turned):
-        return rows_product(x, w.w, target, x.dtype)
+        return rows_product(x, w.w, target, out or x.dtype)
     if not isinstance(w, (QTensor, Stacked)):
         precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         y = lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-        return y.astype(x.dtype)
+        return y.astype(out or x.dtype)
     whole, layer = stack_of(w)
+    if not whole.turned:  # whose product has the type of x
+        x = x.astype(out or x.dtype)
     if whole.turned or target.body != "reference":
-        product = functools.partial(_turned_product if whole.turned else _by_kernel, by_token=whole.by_token, target=target)
+        kernel = functools.partial(_turned_product, out=out) if whole.turned else _by_kernel
+        product = functools.partial(kernel, by_token=whole.by_token, target=target)
         return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target.mesh)
     if target.platform == "cpu" and whole.scale.shape[-2] == 1:
         return _int8_on_cpu(x, w if isinstance(w, QTensor) else jax.tree.map(lambda leaf: leaf[layer], whole))
@@ -122,20 +124,13 @@ def matmul(x: jax.Array, w: Any, target: Target) -> jax.Array:
 
 def head_product(x: jax.Array, head: Any, target: Target) -> jax.Array:
     """float32 [T, V] of x [T, D] and a head [V, D], or a QTensor of [D, V]."""
-    if not isinstance(head, QTensor):
-        return rows_product(x, head, target)
-    if not head.turned:
-        return matmul(x.astype(jnp.float32), head, target)
-    product = functools.partial(_turned_product, by_token=False, target=target, out=jnp.float32)
-    whole, layer = stack_of(head)
-    return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target.mesh)
+    return matmul(x, head, target, jnp.float32) if isinstance(head, QTensor) else rows_product(x, head, target)
 
 
 def rows_product(x: jax.Array, w: jax.Array, target: Target, out: Any = jnp.float32) -> jax.Array:
     """[T, out] of x [T, in] and w [out, in], in the type `out`, summed in float32."""
-    held = _for_one_row(x, Turned(w), target)
-    if held is not None:
-        return gpu.matvec_gpu(x, held, out=out, interpret=target.interpret)
+    if _one_row(x, w, target):
+        return gpu.matvec_gpu(x, w, out=out, interpret=target.interpret)
     if (parts := _parts(x, w, target, out)) is not None:
         return functools.reduce(jnp.add, list(parts)).astype(out)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -146,9 +141,7 @@ def rows_product(x: jax.Array, w: jax.Array, target: Target, out: Any = jnp.floa
 
 def _parts(x: jax.Array, w: jax.Array, target: Target, out: Any = None) -> jax.Array | None:
     """The product as float32 sums [parts, T, out] of parts of `in`, or one part in `out`, by our kernel where that is faster than XLA's."""
-    if not target.turned or target.mesh is not None or not x.dtype == w.dtype == jnp.bfloat16:
-        return None
-    tiles = tiles_for_rows("bfloat16", x.shape[0], w.shape[0], w.shape[1])
+    tiles = tiles_for_rows("bfloat16", x.shape[0], w.shape[0], w.shape[1]) if _ours(x, w, target) else None
     return None if tiles is None else run(x, w[None], None, tiles, kind="bfloat16", out=out, interpret=target.interpret)
 
 

@@ -14,6 +14,7 @@ from llminfer import cli
 from llminfer.bench import __main__ as bench
 from llminfer.bench import cases
 from llminfer.bench.throughput import MEAN_OUTPUT, MEAN_PROMPT, Arrival, Served, report, trace
+from llminfer.errors import UserError
 
 
 def test_a_trace_depends_on_its_seed_alone_and_has_the_lengths_of_sharegpt() -> None:
@@ -67,6 +68,16 @@ def test_cases_are_measured_and_compared(tmp_path: Path, capsys: pytest.CaptureF
     assert ElementTree.parse(plot).getroot().tag.endswith("svg") and plot.read_text().count("<rect") == 4
 
 
+@pytest.mark.parametrize(
+    "line", ['{"case": "a", "ms_per_token": "x"}', '{"case": ["a"]}', '{"case": "a", "ms_per_token": 0}', "{", '{"case": "b"}']
+)
+def test_a_peer_without_figures_is_one_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "peer.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"^--beside=.*must (be|have)") as error:
+        cases.read_peer(str(tmp_path / "peer.jsonl"))
+    assert "\n" not in str(error.value)
+
+
 def test_figures_of_cases_by_hand() -> None:
     figures = lambda letter, *times: cases._figures(cases.CASES[letter], [list(times)] * 3, 1.0)
     assert figures("a", 2.56) == {"ms_per_token": pytest.approx(10)}
@@ -78,7 +89,9 @@ def test_figures_of_cases_by_hand() -> None:
     assert cases.ratio("a", 5.0, 6.0) == 1.2 and cases.ratio("c", 6.0, 5.0) == 1.2
 
 
-@pytest.mark.parametrize("option", [("--cases", "ax"), ("--cases", "aa"), ("--beside", "nowhere.jsonl"), ("--plot", "no/where.svg")])
+@pytest.mark.parametrize(
+    "option", [("--cases", "ax"), ("--cases", "aa"), ("--beside", "nowhere.jsonl"), ("--plot", "no/where.svg"), ("--scale", "inf")]
+)
 def test_bad_options_of_cases_are_one_line(capsys: pytest.CaptureFixture, option: tuple[str, str]) -> None:
     assert cli.main(bench.main, ["latency", "--model", "config:tiny", "--cases", "a", *option]) == 2
     captured = capsys.readouterr().err

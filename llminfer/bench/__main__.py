@@ -72,7 +72,7 @@ def _latency(options: argparse.Namespace) -> dict[str, Any]:
 
 def _cases(options: argparse.Namespace) -> dict[str, Any]:
     letters, runs = cases.parse(options.cases), cli.positive(options.runs, "--runs")
-    scale, plotted = _number(options.scale, "--scale", "a number above 0"), _file(options.plot, "--plot")
+    scale, plotted = _scale(options), _file(options.plot, "--plot")
     peer = cases.read_peer(options.beside) if options.beside else {}
     options.set = [f"{name}={str(value).lower()}" for name, value in cases.settings(letters, scale).items()] + options.set
     llm = cli.load(options)
@@ -89,9 +89,7 @@ def _cases(options: argparse.Namespace) -> dict[str, Any]:
 
 def _throughput(options: argparse.Namespace) -> dict[str, Any]:
     requests = cli.positive(options.requests, "--requests")
-    rate, scale = _number(options.rate, "--rate", "inf or a number above 0"), _number(options.scale, "--scale", "a number above 0")
-    if not math.isfinite(scale):
-        raise refuse("--scale", options.scale, "must be a number above 0")
+    rate, scale = _number(options.rate, "--rate", "inf or a number above 0"), _scale(options)
     llm = cli.load(options)
     arrivals = trace(requests, rate, llm.settings.seed, llm.config.vocab_size, llm.engine.context, scale)
     llm.engine.programs.wait_all()  # nothing is to be compiled while the clock runs
@@ -134,6 +132,13 @@ def _shown(found: dict[str, Any], lines: list[str], options: argparse.Namespace)
     if not options.json:
         print("\n".join(lines))
     return found
+
+
+def _scale(options: argparse.Namespace) -> float:
+    scale = _number(options.scale, "--scale", "a number above 0")
+    if not math.isfinite(scale):
+        raise refuse("--scale", options.scale, "must be a number above 0")
+    return scale
 
 
 def _number(text: str, name: str, rule: str) -> float:

@@ -105,12 +105,16 @@ def read_peer(file: str) -> dict[str, float]:
     """Case -> figure of a file of JSON lines. Raises UserError."""
     try:
         lines = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.startswith("{")]
-    except (OSError, ValueError) as error:
+        rows = {row["case"]: row for row in lines if row.get("case") in list(CASES)}
+        found = {letter: float(row[CASES[letter].figure]) for letter, row in rows.items() if CASES[letter].figure in row}
+    except (OSError, ValueError, TypeError) as error:
         raise refuse("--beside", file, f"must be a file of JSON lines ({error})") from None
-    rows = {row["case"]: row for row in lines if row.get("case") in CASES}
-    found = {letter: float(row[CASES[letter].figure]) for letter, row in rows.items() if CASES[letter].figure in row}
-    if not found:
-        raise refuse("--beside", file, f"has no line with a case and its figure, such as {json.dumps({'case': 'a', 'ms_per_token': 6.6})}")
+    if not found or min(found.values()) <= 0:
+        raise refuse(
+            "--beside",
+            file,
+            f"must have lines with a case and its figure above 0, such as {json.dumps({'case': 'a', 'ms_per_token': 6.6})}",
+        )
     return found
 
 

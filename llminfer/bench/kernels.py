@@ -237,7 +237,9 @@ def kernels(target: str | None, tune: bool, out: Path | None, only: str, progres
 
 def implementation(case: Case, platform: str) -> str:
     """The body for a platform; where it has no kernel of its own, what XLA makes of the reference."""
-    return "pallas" if platform == "tpu" else "triton" if platform == "gpu" and case.op == "paged_attention" else "reference"
+    if platform == "gpu":
+        return "triton" if case.op in ("paged_attention", "grouped_matmul") else "reference"
+    return "pallas" if platform == "tpu" else "reference"
 
 
 def scheduled(case: Case, chip: str, blocks: dict[str, int] | None = None) -> dict[str, Any]:
