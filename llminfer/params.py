@@ -157,19 +157,8 @@ def stacked_specs(c: ModelConfig) -> Params:
     return replace(specs, stacked=stacked, listed=specs.listed[repeats * period :])
 
 
-def abstract(specs: Params, dtype: Any) -> Params:
-    """ShapeDtypeStructs of every weight: what a program is compiled from before any weight exists."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=is_spec)
-
-
-def init(specs: Params, key: jax.Array, dtype: Any) -> Params:
-    """Random weights; each depends only on `key` and its place in the tree. Run it under jit."""
-    leaves, tree = jax.tree.flatten(specs, is_leaf=is_spec)
-    return jax.tree.unflatten(tree, [init_one(spec, jax.random.fold_in(key, i), dtype) for i, spec in enumerate(leaves)])
-
-
-def init_one(spec: ParamSpec, key: jax.Array, dtype: Any) -> jax.Array:
-    """One random weight by its own key."""
+def init(spec: ParamSpec, key: jax.Array, dtype: Any) -> jax.Array:
+    """One random weight by its own key. Run it under jit."""
     if spec.init in ("ones", "zeros"):
         return jnp.full(spec.shape, float(spec.init == "ones"), dtype)
     return (jax.random.normal(key, spec.shape, jnp.float32) * spec.std).astype(dtype)

@@ -133,7 +133,7 @@ def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, setting
 @functools.lru_cache(maxsize=64)
 def _random(spec: params.ParamSpec, dtype: Any, where: Any) -> Any:
     """key -> a random weight: compiled once for all that are alike."""
-    return jax.jit(lambda key: params.init_one(spec, key, dtype), out_shardings=where)
+    return jax.jit(lambda key: params.init(spec, key, dtype), out_shardings=where)
 
 
 def _makers(settings: EngineConfig, target: Target) -> Any:

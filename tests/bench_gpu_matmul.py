@@ -1,6 +1,6 @@
 """Products of few rows with a model's matrices on a GPU: how near to the card's read bandwidth they come, and with which tiles.
 
-    PYTHONPATH=. python tests/bench_gpu_matmul.py [--only check,sweep,rows,xla,matvec,one_row,layers] [--seconds 120] [--out results.json]
+    PYTHONPATH=. python tests/bench_gpu_matmul.py [--only check,sweep,rows,xla,one_row,layers] [--seconds 120] [--out results.json]
 
 Checks numbers against float64, reads 2 GB for the bandwidth, and times, by type, shape and rows: candidates of tiles for the kernel, what
 XLA makes of weights by channel, and chains of whole layers. A chain feeds each product's result to the next through an elementwise
@@ -28,7 +28,7 @@ from pallas_kernels.quantized_matmul_gpu import Tiles, for_gpu, quantized_matmul
 from pallas_kernels.weight_formats import values
 
 bf16, f32 = jnp.bfloat16, jnp.float32
-PARTS = "check,probe,sweep,rows,xla,matvec,one_row,layers"
+PARTS = "check,probe,sweep,rows,xla,one_row,layers"
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096), "head": (4096, 128256)}
 STORED = {"int8": jnp.int8, "float8_e4m3fn": jnp.float8_e4m3fn, "int4": jnp.int8, "mxfp4": jnp.uint8, "bfloat16": bf16}
 GROUP = {"int4": 128, "mxfp4": 32}
@@ -288,16 +288,6 @@ def one_row_times(name: str, todo: list[Any], deadline: float, threads: int = 14
     return [(seconds(call, x, weights) / many, tiles) for tiles, call in good if time.time() < deadline]
 
 
-def matvec(rate: float) -> None:
-    """The bfloat16 head [V, D] at one row, by a kernel."""
-    w, _ = make("bfloat16", *SHAPES["head"], jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (1, w.shape[2]), f32).astype(bf16)
-    call = jax.jit(lambda x, w: one_row.matvec_gpu(x, w[0]))
-    want = lax.dot_general(x, w[0], (((1,), (1,)), ((), ())), preferred_element_type=f32)
-    error = float(jnp.abs(call(x, w) - want).max() / jnp.abs(want).max())
-    note(f"head, matvec_gpu: {w.nbytes / seconds(call, x, w) / rate:.3f} of the probe, error {error:.0e}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=PARTS, help=f"of {PARTS}")
@@ -321,8 +311,6 @@ def main() -> None:
     if args.out:
         with open(args.out, "w") as file:
             json.dump(dict(rate=rate, results=results), file)
-    if "matvec" in parts:
-        matvec(rate)
     if "one_row" in parts:
         one_row_sweep(rate, deadline)
     if "layers" in parts:
