@@ -25,7 +25,8 @@ LIMITS = {
 }
 MAX_EXPERTS = 4096
 MAX_SINKS = 128
-QUANTIZATIONS = (None, "int8", "int4", "mxfp4", "w8a8")
+QUANTIZATIONS = (None, "int8", "fp8", "int4", "mxfp4", "w8a8", "w8a8_fp8")
+EIGHT_BITS = ("int8", "fp8", "w8a8", "w8a8_fp8")
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -256,8 +257,9 @@ class EngineConfig:
     of the first steps, which xprof and TensorBoard show. kv_policy: "sinks:4,window:1024" keeps the keys and values of the first 4
     and the last 1024 tokens only, in layers that would see all (StreamingLLM, arXiv 2309.17453). quantize: "int8" and "int4" round the
     matrices of the layers, by output channel and in groups of 128 (64, 32) inputs; "mxfp4" to floats of 4 bits in groups of 32 (OCP
-    Microscaling Formats); "w8a8" is int8, and tokens are rounded to int8 too. quantize_head: the output head too (w8a8: as int8); an
-    embedding that is also the head stays as it is for looking tokens up."""
+    Microscaling Formats); "fp8" to float8_e4m3fn by output channel; "w8a8" and "w8a8_fp8" are int8 and fp8 with tokens rounded to the same.
+    quantize_head: the output head too (tokens are not rounded there); an embedding that is also the head stays as it is for tokens to be
+    looked up."""
 
     slots: int = 8
     context: int | None = None

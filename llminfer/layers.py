@@ -100,16 +100,3 @@ def _rope_table(rope: Rope, head_dim: int, positions: jax.Array, reach: jax.Arra
     angle = positions.astype(jnp.float32)[:, None, None] * freq
     cos, sin = (f(angle) * np.float32(rope.attention_factor) for f in (jnp.cos, jnp.sin))
     return jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
-
-
-def rotate(x: jax.Array, rope: RopeTable | None) -> jax.Array:
-    """Rotary embedding of x [T, heads, H]: pair i of the first dim elements is elements i and i + dim/2. The halves change
-    places by a reversal, which XLA:CPU vectorises; a concatenation of them takes it five times as long."""
-    if rope is None:
-        return x
-    cos, sin = rope
-    dim = 2 * cos.shape[-1]
-    turned, rest = x[..., :dim], x[..., dim:]
-    halves = turned.astype(jnp.float32).reshape(*turned.shape[:-1], 2, -1)
-    turned = (halves * cos + jax.lax.rev(halves, (halves.ndim - 2,)) * sin).reshape(turned.shape).astype(x.dtype)
-    return turned if dim == x.shape[-1] else jnp.concatenate([turned, rest], axis=-1)

@@ -13,12 +13,13 @@ from llminfer import moe
 from llminfer.batch import Batch
 from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
-from llminfer.layers import norm, qk_norm, rope_tables, rotate, softcap
+from llminfer.layers import norm, qk_norm, rope_tables, softcap
 from llminfer.linear import Norm, add, entered, head_product, linear
 from llminfer.params import Layer, Params
 from llminfer.quant import QTensor, Stacked
 from llminfer.target import Target
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.rope import rotate
 from sharding.rules import partition
 
 
@@ -98,14 +99,14 @@ def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, ta
     none). An inner jit: equal layers trace once."""
     group, rope = kind
     with jax.named_scope("attention"):
-        turns = [functools.partial(rotate, rope=table) for table in (ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None))]
-        x, *read = entered(x, _attn_norm(w, c), c, target)
+        turns = ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None)
+        x, *read = entered(x, _attn_norm(w, c), c, target, w.qkv)
         attended, kv = _attention(w, (x, *read), kv, index, turns, batch, c, target, q_max, group)
     if not c.parallel:
         x = add(x, norm(attended, w.attn_post_norm, None, c), c) if c.post_norm else attended
     with jax.named_scope("mlp"):
         own = _attn_norm(w, c) if c.shared_norm or not c.pre_norm else (w.mlp_norm, w.mlp_norm_bias)
-        x, y, before = entered(x, own, c, target)
+        x, y, before = entered(x, own, c, target, w.gate_up)
         if w.router is None:
             y = _mlp(y, before, w.gate_up, w.down, w, c, target, x if _just_added(c) else None)
         else:
@@ -126,7 +127,7 @@ def _just_added(c: ModelConfig) -> bool:
 
 
 def _mlp(x: jax.Array, before: Norm | None, gate_up: Any, down: Any, w: Layer, c: ModelConfig, target: Target, residual: Any = None):
-    y = linear(x, gate_up, c, target, bias=w.gate_up_bias, before=before, act=True)
+    y = linear(x, gate_up, c, target, bias=w.gate_up_bias, before=before, act=True, into=down if w.down_bias is None else None)
     return linear(y, down, c, target, bias=w.down_bias, residual=residual)
 
 
@@ -152,21 +153,25 @@ def owned(batch: Batch) -> jax.Array:
 
 def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, target: Target, q_max: int, group: int):
     """Attention with its projections, the norm before them, and the addition of the stream where that is all that follows; ([T, D], kv).
-    entry: what `entered` gave. turns: the rotation, and that of queries for the sinks."""
+    entry: what `entered` gave. turns: the rope table, and that of queries for the sinks."""
     x, y, before = entry
     tokens, heads, kv_heads, dim = x.shape[0], c.num_heads, c.num_kv_heads, c.head_dim
     y = linear(y, w.qkv, c, target, bias=w.qkv_bias, before=before).reshape(tokens, kv_heads, heads // kv_heads + 2, dim)
-    q, k, v = y[:, :, :-2].reshape(tokens, heads, dim), y[:, :, -2], y[:, :, -1]
-    q, k = qk_norm(q, w.q_norm, c), turns[0](qk_norm(k, w.k_norm, c))
-    sinks: dict[str, Any] = {"q_sinks": turns[1](q)} if c.sinks[group] else {}
-    q = turns[0](q)
+    rest: dict[str, Any] = {}
+    if target.turned and target.mesh is None and not c.qk_norm and not c.sinks[group]:
+        q, k, v, rest = y, None, None, {"rope": turns[0]}  # a GPU's attention takes them apart and rotates them itself
+    else:
+        q, k, v = y[:, :, :-2].reshape(tokens, heads, dim), y[:, :, -2], y[:, :, -1]
+        q, k = qk_norm(q, w.q_norm, c), rotate(qk_norm(k, w.k_norm, c), turns[0])
+        rest = {"q_sinks": rotate(q, turns[1])} if c.sinks[group] else {}
+        q = rotate(q, turns[0])
     scale = dim**-0.5 if c.attn_scale is None else c.attn_scale
     asked = dict(scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, debug=target.debug, chip=target.chip)
     attend = functools.partial(paged_attention, **asked, impl=target.kernels)
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
         attend = _by_heads(attend, target.mesh)
     rows: dict[str, Any] = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
-    rows |= dict(layer=index, window=jnp.int32(c.groups[group]), **sinks)
+    rows |= dict(layer=index, window=jnp.int32(c.groups[group]), **rest)
     if isinstance(kv, ScaledPages):
         y, *kv = attend(q, k, v, kv.pages, kv_scale=kv.scale, **rows)
         kv = ScaledPages(*kv)

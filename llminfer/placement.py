@@ -78,7 +78,9 @@ def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) ->
 
 def _maker(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
     """What makes of a weight what the target multiplies with, None for one that stays as it is."""
-    kind = "int8" if settings.quantize == "w8a8" and "vocab" in spec.axes else settings.quantize
+    kind = settings.quantize
+    if "vocab" in spec.axes:  # tokens are not rounded for the head
+        kind = {"w8a8": "int8", "w8a8_fp8": "fp8"}.get(kind or "", kind)
     return maker(kind, spec.axes, ways(target.mesh, spec.axes[-2]), target) if spec.matrix else None
 
 

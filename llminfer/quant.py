@@ -23,11 +23,11 @@ GROUPS = (128, 64, 32)  # inputs that share a scale of int4, the first that divi
 class QTensor:
     """A matrix of small numbers, w[i, o] = q[i, o] * scale[i // group, o]. Leading axes (layers, experts) are carried along.
 
-    axes: logical names of in and out, by which a mesh splits it. by_token: x is rounded to int8 too, token by token. turned: q lies as
-    pallas_kernels.quantized_matmul_gpu says, [..., out, in]."""
+    axes: logical names of in and out, by which a mesh splits it. by_token: tokens are rounded to the type of q too.
+    turned: q lies as pallas_kernels.quantized_matmul_gpu says, [..., out, in]."""
 
-    # int8 or int4 [..., in, out], or uint8 [..., in / 2, out], MXFP4 as pallas_kernels.weight_formats says. On a CPU all are kept in int8:
-    # XLA:CPU hangs in the compilation of some programs with int4.
+    # int8, int4 or float8_e4m3fn [..., in, out], or uint8 [..., in / 2, out], MXFP4 as pallas_kernels.weight_formats says. On a CPU those
+    # of 4 bits are kept in int8: XLA:CPU hangs in the compilation of some programs with int4.
     q: Any
     scale: Any  # float32 (MXFP4: bfloat16) [..., in / group, out]; one group is one scale for each output channel
     axes: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
@@ -62,6 +62,14 @@ def quantize_int8(w: jax.Array, axes: tuple[str, ...] = (), *, by_token: bool = 
     return QTensor(jnp.round(w / scale).astype(jnp.int8), scale, axes, by_token)
 
 
+def quantize_fp8(w: jax.Array, axes: tuple[str, ...] = (), *, by_token: bool = False) -> QTensor:
+    """Rounding of w [..., in, out] to float8_e4m3fn, the largest magnitude of each column to 448: Micikevicius et al.,
+    arXiv 2209.05433."""
+    w = w.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(w).max(axis=-2, keepdims=True), 1e-30) / 448.0
+    return QTensor((w / scale).astype(jnp.float8_e4m3fn), scale, axes, by_token)
+
+
 def quantize_int4(w: jax.Array, axes: tuple[str, ...] = (), *, ways: int = 1, dtype: Any = jnp.int4) -> QTensor:
     """Symmetric rounding of w [..., in, out] to -7..7 by the largest magnitude of each column of a group of inputs: 128 of them, or 64,
     or 32, the first that divides each of `ways` parts of `in`; all of them if none does. dtype: what holds the numbers."""
@@ -77,7 +85,7 @@ def quantize_to_mxfp4(w: jax.Array, axes: tuple[str, ...] = (), *, ways: int = 1
     Raises UserError where groups do not divide each of `ways` parts of `in`."""
     if w.shape[-2] % (MXFP4_GROUP * ways):
         parts = f" in {ways} parts" if ways > 1 else ""
-        rule = f"a matrix of {w.shape[-2]} inputs{parts} has no whole groups of {MXFP4_GROUP}; legal: int8, int4, w8a8"
+        rule = f"a matrix of {w.shape[-2]} inputs{parts} has no whole groups of {MXFP4_GROUP}; legal: int8, fp8, int4, w8a8, w8a8_fp8"
         raise refuse("quantize", "mxfp4", rule)
     q, scale = quantize_mxfp4(w)
     return QTensor((2 * mxfp4_values(q)).astype(jnp.int8), scale.astype(jnp.float32) / 2, axes) if whole else QTensor(q, scale, axes)
@@ -106,7 +114,8 @@ def turn(w: QTensor, ways: int = 1) -> QTensor:
     if w.scale.shape[-2] % (2 * ways):
         if q.dtype == jnp.uint8:
             inner = 2 * q.shape[-2]
-            rule = f"a matrix of {inner} inputs has no even number of groups of {MXFP4_GROUP} in {ways} parts; legal: int8, int4, w8a8"
+            rule = f"a matrix of {inner} inputs has no even number of groups of {MXFP4_GROUP} in {ways} parts"
+            rule += "; legal: int8, fp8, int4, w8a8, w8a8_fp8"
             raise refuse("quantize", "mxfp4", rule)
         q = q.astype(jnp.int8) if q.dtype == jnp.int4 else q
     return replace(w, q=for_gpu(q, w.scale), turned=True)
@@ -121,4 +130,5 @@ def _quantizer(kind: str | None, axes: tuple[str, ...], ways: int, target: Targe
     if kind == "int4":
         dtype = jnp.int8 if target.platform == "cpu" else jnp.int4
         return functools.partial(quantize_int4, axes=axes[-2:], ways=ways, dtype=dtype)
-    return functools.partial(quantize_int8, axes=axes[-2:], by_token=kind == "w8a8")
+    make = quantize_fp8 if kind.endswith("fp8") and "experts" not in axes else quantize_int8  # experts' products have no fp8
+    return functools.partial(make, axes=axes[-2:], by_token=kind.startswith("w8a8"))

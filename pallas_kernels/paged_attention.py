@@ -12,6 +12,7 @@ not there (StreamingLLM: Xiao et al., arXiv 2309.17453).
 
 What may be asked for beside that:
     sink_logits [Hq]   one more key without a value in each head's softmax (gpt-oss)
+    packed, rope       with k and v None, q [T, Hkv, Hq / Hkv + 2, D] holds all three, and queries and keys are rotated here (rope.py)
     tree int32 [T, W]  the new tokens of a sequence are the nodes of a tree (drafts to be verified): bit j of the words of a row says
                        whether it sees the j-th new token of its sequence. A row sees itself and its ancestors, which lie before it, and its
                        position is its depth behind the context; a window must be longer than the tree is deep
@@ -36,6 +37,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import kv_scales
+from pallas_kernels.rope import apart
 
 # Tokens of context that the reference handles at a time, for sequences that decode and for chunks; and query rows of a
 # chunk at a time. The best on XLA:CPU of 32 to 640 (LOG.md).
@@ -58,6 +60,7 @@ def paged_attention(
     window,
     scale,
     q_max,
+    rope=None,
     softcap=None,
     sinks=0,
     q_sinks=None,
@@ -77,6 +80,9 @@ def paged_attention(
     kv_splits: static, parts in which the TPU kernel looks at the context of a sequence that decodes. debug: a sequence with a page id,
     length or window that cannot be is not touched, and its rows come back as NaN. chip, blocks: of a TPU, by which tuned.toml is asked
     for sizes of blocks, or sizes to be used (paged_attention_plan.py). Raises ValueError for shapes that cannot work."""
+    packed = None
+    if k is None:
+        packed, (q, k, v) = q, apart(q, rope)
     check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max)
     check_options(q, kv, window, sinks, q_sinks, sink_logits, tree, kv_scale, kv_splits)
     sound = asked = None
@@ -85,24 +91,29 @@ def paged_attention(
         asked, q_len = q_len, jnp.where(sound, q_len, 0)
     args: dict[str, Any] = dict(layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len, window=window)
     args |= dict(scale=scale, softcap=softcap, q_max=q_max, sinks=sinks, q_sinks=q_sinks, sink_logits=sink_logits, tree=tree)
+    tpu = dict(kv_splits=kv_splits, with_lse=with_lse, chip=chip, blocks=blocks)
+    body = _body(impl, tpu, dict(packed=packed, rope=rope))
+    out, kv, kv_scale, lse = body(q, k, v, kv, **args, kv_scale=kv_scale)
+    out = out if sound is None else _spoil(out, sound, q_start, asked)
+    return (out, kv, *([] if kv_scale is None else [kv_scale]), *([lse] if with_lse else []))
+
+
+def _body(impl, tpu: dict[str, Any], gpu: dict[str, Any]) -> Any:
+    """What runs the op, with what it alone is told."""
     if impl in ("reference", "batched"):
-        out, kv, kv_scale, lse = paged_attention_reference(q, k, v, kv, **args, kv_scale=kv_scale, batched=impl == "batched")
-    elif impl in ("pallas", "interpret"):
+        return functools.partial(paged_attention_reference, batched=impl == "batched")
+    if impl in ("pallas", "interpret"):
         from jax.experimental.pallas import tpu as pltpu
 
         from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 
         mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
-        args |= dict(kv_scale=kv_scale, kv_splits=kv_splits, with_lse=with_lse, chip=chip, blocks=blocks)
-        out, kv, kv_scale, lse = paged_attention_tpu(q, k, v, kv, **args, interpret=mode)
-    elif impl in ("triton", "triton-interpret"):
+        return functools.partial(paged_attention_tpu, **tpu, interpret=mode)
+    if impl in ("triton", "triton-interpret"):
         from pallas_kernels.paged_attention_gpu import paged_attention_gpu
 
-        out, kv, kv_scale, lse = paged_attention_gpu(q, k, v, kv, **args, kv_scale=kv_scale, interpret=impl != "triton")
-    else:
-        raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret, triton, triton-interpret")
-    out = out if sound is None else _spoil(out, sound, q_start, asked)
-    return (out, kv, *([] if kv_scale is None else [kv_scale]), *([lse] if with_lse else []))
+        return functools.partial(paged_attention_gpu, **gpu, interpret=impl != "triton")
+    raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret, triton, triton-interpret")
 
 
 def _sound(tokens, kv, layer, page_table, q_start, q_len, kv_len, window):

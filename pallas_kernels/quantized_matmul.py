@@ -56,11 +56,12 @@ class Blocks(NamedTuple):
     columns: int  # of N
 
 
-def quantize_rows(x):
-    """Rounds each row of x [M, K] by its largest magnitude: (int8 [M, K], float32 [M, 1]), x = q * scale."""
+def quantize_rows(x, kind=jnp.int8):
+    """Rounds each row of x [M, K] by its largest magnitude: (int8 or float8_e4m3fn [M, K], float32 [M, 1]), x = q * scale."""
     x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-30) / 127.0
-    return jnp.round(x / scale).astype(jnp.int8), scale
+    whole = kind == jnp.int8
+    scale = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-30) / (127.0 if whole else 448.0)
+    return (jnp.round(x / scale) if whole else x / scale).astype(kind), scale
 
 
 def quantized_matmul(

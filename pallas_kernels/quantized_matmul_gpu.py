@@ -135,8 +135,8 @@ def _check(x, w, scale, minimum, quantize_x) -> tuple[str, int]:
         raise ValueError(f"scale {scale.shape} of {kind} {w.shape}: must be one of {legal}")
     if minimum is not None and (minimum.shape != scale.shape or not group):
         raise ValueError(f"minimum {minimum.shape}: must have the shape of scale {scale.shape}, and that by groups")
-    if quantize_x and (kind != "int8" or group):
-        raise ValueError(f"quantize_x with {kind} and scale {scale.shape}: needs int8 and a scale by channel")
+    if quantize_x and (kind in FOUR_BITS or group):
+        raise ValueError(f"quantize_x with {kind} and scale {scale.shape}: needs int8 or float8_e4m3fn and a scale by channel")
     return kind, group
 
 
@@ -146,9 +146,8 @@ def _by_xla(x, w, scale, kind, group, quantize_x, out):
     rows = jnp.pad(x, ((0, 1), (0, 0))) if many == 1 else x
     scale = scale.astype(f32)
     if quantize_x:
-        rows, amount = quantize_rows(rows)
-        y = lax.dot_general(rows, w, dims, preferred_element_type=jnp.int32).astype(f32) * amount * scale
-        return y[:many].astype(out)
+        sums, by = eight_bit_sums(*quantize_rows(rows, w.dtype), w[None], scale[None])
+        return (sums.astype(f32) * by[0] * by[1])[:many].astype(out)
     if group:
         if kind in FOUR_BITS:
             pairs = w.reshape(w.shape[0], -1, 1, group)
@@ -162,6 +161,14 @@ def _by_xla(x, w, scale, kind, group, quantize_x, out):
     precision = lax.Precision.HIGHEST if x.dtype == f32 else None
     y = lax.dot_general(rows, w.astype(x.dtype), dims, precision=precision, preferred_element_type=f32)
     return (y if group else y * scale)[:many].astype(out)
+
+
+def eight_bit_sums(q, amount, w, scale):
+    """(sums, by) of tokens q [M, K], two or more, and weights w [1, N, K], both int8 or both float8_e4m3fn: sums [M, N], int32 or bfloat16,
+    are to be multiplied by amount [M, 1] and a scale [1, N]. XLA's product: on an H100 faster than what Triton makes of it."""
+    w = w[0] if w.ndim == 3 else w
+    kind = jnp.int32 if q.dtype == jnp.int8 else bf16
+    return lax.dot_general(q, w, (((1,), (1,)), ((), ())), preferred_element_type=kind), (amount, scale.reshape(1, -1).astype(f32))
 
 
 def _guess(many, inner, columns, kind) -> Tiles:

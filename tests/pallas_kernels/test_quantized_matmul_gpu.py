@@ -158,7 +158,7 @@ LEGAL = Case(i4, 128, rows=2, inner=512)
         (dict(group=16), "scale .* of int8"),
         (dict(weights=mx, group=64), "of MXFP4|scale"),
         (dict(weights=i8, group=0, minimum=True), "minimum"),
-        (dict(quantize_x=True), "needs int8 and a scale by channel"),
+        (dict(quantize_x=True), "needs int8 or float8_e4m3fn and a scale by channel"),
     ],
 )
 def test_refuses(change, message):
