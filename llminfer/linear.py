@@ -64,8 +64,16 @@ def linear(
         return gpu.matvec_gpu(x, w.w, **how, gate=gate, residual=residual, out=x.dtype, interpret=target.interpret)
     x = x if before is None else norm(x, before[0], before[1], c)
     if (kind := _eight_bits(w, x, target)) is not None:
-        sums, by = eight_bit_sums(*(x if isinstance(x, Rounded) else round_gpu(x, kind, interpret=target.interpret)), w.q, w.scale)
-        if act and c.gated and bias is None and gate in ACTIVATIONS and (kind := _eight_bits(into, x, target)) is not None:
+        tokens = x if isinstance(x, Rounded) else Rounded(*round_gpu(x, kind, interpret=target.interpret))
+        sums, by = eight_bit_sums(*tokens, w.q, w.scale, interpret=target.interpret)
+        if (
+            sums.ndim == 2
+            and act
+            and c.gated
+            and bias is None
+            and gate in ACTIVATIONS
+            and (kind := _eight_bits(into, x, target)) is not None
+        ):
             return Rounded(*round_gpu(sums, kind, gate=gate, by=by, interpret=target.interpret))
         if residual is not None and bias is None and not act and _sums_later(residual, c, target):
             return Sum(residual, sums, by)
@@ -92,7 +100,9 @@ def _finish(y: jax.Array, c: ModelConfig, target: Target, *, bias: Any, act: boo
 
 
 def scaled(sums: jax.Array, by: Any) -> jax.Array:
-    """A product of 8-bit numbers in bfloat16."""
+    """A product of 8-bit numbers, as eight_bit_sums gives it, in bfloat16."""
+    if by is None:
+        return sums if sums.ndim == 2 else sums.sum(0).astype(jnp.bfloat16)
     return (sums.astype(jnp.float32) * by[0] * by[1]).astype(jnp.bfloat16)
 
 
