@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.quantized_matmul import by_group, quantize_rows
-from pallas_kernels.weight_formats import GROUPS, LANES, bfloat16_parts, mxfp4_values
+from pallas_kernels.weight_formats import GROUPS, LANES, bfloat16_parts, turned_values
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 load = plgpu.load
@@ -150,14 +150,7 @@ def _by_xla(x, w, scale, kind, group, quantize_x, out):
         y = lax.dot_general(rows, w, dims, preferred_element_type=jnp.int32).astype(f32) * amount * scale
         return y[:many].astype(out)
     if group:
-        if kind in FOUR_BITS:
-            pairs = w.reshape(w.shape[0], -1, 1, group)
-            if kind == "int4":
-                full = jnp.concatenate([(pairs << 4) >> 4, pairs >> 4], axis=2)
-            else:
-                full = mxfp4_values(pairs)  # of [..., 1, group] bytes [..., 2, group]
-        else:
-            full = w
+        full = turned_values(w, group) if kind in FOUR_BITS else w
         w = (full.reshape(w.shape[0], -1, group).astype(f32) * scale.T[:, :, None]).reshape(w.shape[0], -1)
     precision = lax.Precision.HIGHEST if x.dtype == f32 else None
     y = lax.dot_general(rows, w.astype(x.dtype), dims, precision=precision, preferred_element_type=f32)
