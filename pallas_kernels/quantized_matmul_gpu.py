@@ -270,6 +270,12 @@ def unpack(kind, t, interpret):
     return [jnp.where(n & 7 == 1, 0, jnp.where(n > 7, -v, v)).astype(bf16) for n, v in zip(nibbles, size)]
 
 
+def scaled_weights(values, scale, group, interpret):
+    """Unpacked [rows, depth] times scale [depth / group, rows], in bfloat16."""
+    by = jnp.broadcast_to(scale.astype(bf16).T[:, :, None], (values.shape[0], scale.shape[0], group)).reshape(values.shape)
+    return values * by if interpret else _asm(_MULTIPLY, "=r,r,r", 2, bf16, values, by)
+
+
 class Site(NamedTuple):
     """What is static about a kernel."""
 
@@ -309,8 +315,7 @@ def _kernel(*refs, site: Site):
         coming = scales(i + 1) if group else []
         for j, values in enumerate(unpack(site.kind, load(w.at[layer, rows, pl.ds(k, tiles.depth)]), site.interpret)):
             if before:
-                by = jnp.broadcast_to(of[j].astype(bf16).T[:, :, None], (tiles.rows, of[j].shape[0], group)).reshape(values.shape)
-                values = values * by if site.interpret else _asm(_MULTIPLY, "=r,r,r", 2, bf16, values, by)
+                values = scaled_weights(values, of[j], group, site.interpret)
             at = x.at[jnp.int32(j), pl.ds(first, site.many), pl.ds(k, tiles.depth)]
             right = load(at) if here is None else load(at, mask=here, other=0.0)
             pair = (right, values) if flip else (values, right)
