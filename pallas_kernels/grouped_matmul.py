@@ -205,9 +205,7 @@ def check(x, w, group_sizes, scale=None, bias=None, activation=None, chip=None, 
     """Static checks of all bodies. Raises ValueError that names what is wrong and what would be legal."""
     if turned:
         if x.ndim != 2 or w.ndim != 4 or w.shape[3] * 2 != x.shape[1] or w.dtype not in (jnp.int8, jnp.uint8):
-            raise ValueError(
-                f"x {x.shape} and turned w {w.dtype} {w.shape}: need [M, K] and int8 or uint8 [L, E, N, K / 2] with the same K"
-            )
+            raise ValueError(f"x {x.shape} and turned w {w.dtype} {w.shape}: need [M, K] and int8 or uint8 [L, E, N, K / 2], the same K")
         if scale is None or scale.ndim != 4 or scale.shape[2] % 2:
             have = "no scale" if scale is None else f"scale {scale.shape}"
             raise ValueError(f"{have} of turned w: must be [{w.shape[0]}, {w.shape[1]}, K / group, {w.shape[2]}], an even number of groups")

@@ -4,8 +4,8 @@ The tiles are counted on the device, so that nothing waits for the sizes of the 
 that are not needed end at once. A tile has rows of one expert only; programs of one block of columns follow each other, so that an expert's
 weights come out of the L2 for all tiles but its first. Weights are read as they lie: bfloat16 or float32, or int8 with a scale for each
 column; or turned, two numbers to a byte with scales by groups, as quantized_matmul_gpu has them, which unpacks them too. A tile of these
-is [columns, bytes]; its low and high nibbles are products of their own with what they meet of x, read from where it lies. Where a tile is of
-one group the scales multiply sums, else the weights.
+is [columns, bytes]; its low and high nibbles are products of their own with what they meet of x, read from where it lies. Where a tile is
+of one group the scales multiply sums, else the weights.
 """
 
 from __future__ import annotations
@@ -155,17 +155,18 @@ def _turned_sums(refs: dict[str, Any], at, rows, parts, mine, *, tiles: Tiles, g
 
     def scales(i):
         """Of each part and half [columns], or [groups of a tile, columns]; asked for one step ahead."""
-        first = jnp.minimum(i, steps - 1) * tiles.depth // group
+        first = lax.div(jnp.minimum(i, steps - 1) * tiles.depth, jnp.int32(group))
         first = pl.ds(first, tiles.depth // group) if before else first
         return [load(scale.at[(*at, first, jnp.int32(half), part)]) for part in parts for half in range(2)]
 
     def rows_of_x(i, half):
         """What the low or the high nibbles of step i meet."""
         k = i * tiles.depth
+        pair = lax.div(k, jnp.int32(group))
         if before:
-            here = load(x.at[rows, pl.ds(k // group, tiles.depth // group), jnp.int32(half), :], mask=mine[:, None, None], other=0.0)
+            here = load(x.at[rows, pl.ds(pair, tiles.depth // group), jnp.int32(half), :], mask=mine[:, None, None], other=0.0)
             return here.reshape(tiles.rows, tiles.depth)
-        return load(x.at[rows, pl.ds(k // group * 2 * group + half * group + k % group, tiles.depth)], mask=mine[:, None], other=0.0)
+        return load(x.at[rows, pl.ds(k + (pair + half) * group, tiles.depth)], mask=mine[:, None], other=0.0)
 
     def body(i, carried):
         of, sums = carried
