@@ -17,7 +17,7 @@ from llminfer.config import ModelConfig, from_toml
 from llminfer.errors import UserError
 from llminfer.moe import experts, route
 from llminfer.params import layer_specs, param_specs, stacked_specs
-from llminfer.quant import Stacked, dequantize, quantize_int4, quantize_int8
+from llminfer.quant import Stacked, dequantize, maker, quantize_int4, quantize_int8
 from llminfer.target import Target
 from llminfer.weights.hf_config import from_hf
 from llminfer.weights.hf_write import to_hf
@@ -96,6 +96,21 @@ def test_quantized_experts(quantize: Any, kernels: str) -> None:
     made = [quantize(jnp.asarray(w)) for w in matrices]
     y = compiled(C, dataclasses.replace(CPU, kernels=kernels, chip="v6e"))(x, np.ones(11, bool), router, *made)
     wanted = expected(x, np.ones(11, bool), router, *(dequantize(w) for w in made), C)
+    np.testing.assert_allclose(y, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["int4", "mxfp4"])
+def test_a_gpu_has_its_4_bit_experts_turned(kind: str) -> None:
+    target = dataclasses.replace(Target.of("gpu"), kernels="triton-interpret")
+    router, *matrices = weights(4)
+    x = np.random.default_rng(5).standard_normal((5, C.hidden_size), np.float32)
+    made = [maker(kind, ("experts", "embed", "expert_mlp"), 1, target)(jnp.asarray(w)) for w in matrices]
+    assert all(
+        m.turned and m.q.shape == (*w.shape[:1], w.shape[2], w.shape[1] // 2) for m, w in zip(made, matrices, strict=True) if m.turned
+    )
+    assert any(m.turned for m in made) or kind == "int4"
+    wanted = expected(x, np.ones(5, bool), router, *(dequantize(m) for m in made), C)
+    y = compiled(C, target)(x, np.ones(5, bool), router, *made)
     np.testing.assert_allclose(y, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
 
 
