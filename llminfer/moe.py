@@ -70,9 +70,10 @@ def _own_experts(x, weights, chosen, gate_up: Any, down: Any, layer, first, *, c
 
 def _product(x: jax.Array, w: Any, sizes: jax.Array, layer: jax.Array, activation: str | None, target: Target) -> jax.Array:
     """grouped_matmul with a stack of experts' weights. Sizes that are no multiples of a register's lanes are left to the reference."""
-    q, scale = (w.q, w.scale) if isinstance(w, QTensor) else (w, None)
+    q, scale, turned = (w.q, w.scale, w.turned) if isinstance(w, QTensor) else (w, None, False)
     if scale is not None and scale.shape[2] == 1:
         scale = scale[:, :, 0]
-    inner, out = x.shape[1], q.shape[3] // (1 if activation is None else 2)
+    inner, out = x.shape[1], q.shape[2 if turned else 3] // (1 if activation is None else 2)
     impl = target.kernels if target.turned else target.body if inner % LANES == 0 and out % LANES == 0 else "reference"
-    return grouped_matmul(x, q, sizes, layer=layer, scale=scale, activation=activation, chip=target.chip, impl=impl)
+    how: dict[str, Any] = dict(activation=activation, turned=turned, chip=target.chip, impl=impl)
+    return grouped_matmul(x, q, sizes, layer=layer, scale=scale, **how)

@@ -14,7 +14,7 @@ import numpy as np
 from llminfer.errors import refuse
 from llminfer.target import Target
 from pallas_kernels.quantized_matmul_gpu import for_gpu
-from pallas_kernels.weight_formats import MXFP4_GROUP, mxfp4_values, quantize_mxfp4, values
+from pallas_kernels.weight_formats import MXFP4_GROUP, mxfp4_values, quantize_mxfp4, turned_values, values
 
 GROUPS = (128, 64, 32)  # inputs that share a scale of int4, the first that divides
 
@@ -33,6 +33,7 @@ class QTensor:
     axes: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
     by_token: bool = flax.struct.field(pytree_node=False, default=False)
     turned: bool = flax.struct.field(pytree_node=False, default=False)
+    paired: bool = flax.struct.field(pytree_node=False, default=False)  # turned, two numbers to a byte
 
 
 @flax.struct.dataclass
@@ -93,17 +94,22 @@ def quantize_to_mxfp4(w: jax.Array, axes: tuple[str, ...] = (), *, ways: int = 1
 
 def dequantize(w: QTensor) -> np.ndarray:
     """The float32 matrix that a QTensor stands for, on the host."""
-    q, scale = np.asarray(values(w.q)), np.asarray(w.scale).astype(np.float32)
+    q, scale = np.asarray(w.q), np.asarray(w.scale).astype(np.float32)
+    if w.paired:
+        q = turned_values(q, 2 * q.shape[-1] // scale.shape[-2])
+    q = np.asarray(q.swapaxes(-1, -2).astype(np.float32) if w.turned else values(q))
     grouped = q.reshape(*scale.shape[:-1], -1, scale.shape[-1])
     return (grouped * scale[..., None, :]).reshape(q.shape)
 
 
 def maker(kind: str | None, axes: tuple[str, ...], ways: int, target: Target) -> Any:
     """The function that makes of a matrix [..., in, out] of these logical axes, of which a mesh cuts the rows in so many ways, what the
-    target multiplies with; None where that is the matrix itself. Experts' matrices are not turned."""
-    rounded, turned = _quantizer(kind, axes, ways, target), target.turned and "experts" not in axes
-    if not turned:
+    target multiplies with; None where that is the matrix itself. Of experts' matrices only those of 4 bits are turned."""
+    rounded = _quantizer(kind, axes, ways, target)
+    if not target.turned or (rounded is None and "experts" in axes):
         return rounded
+    if "experts" in axes:
+        return lambda w: _turn_experts(rounded(w), ways)
     return (lambda w: Turned(jnp.swapaxes(w, -1, -2))) if rounded is None else lambda w: turn(rounded(w), ways)
 
 
@@ -118,7 +124,12 @@ def turn(w: QTensor, ways: int = 1) -> QTensor:
             rule += "; legal: int8, fp8, int4, w8a8, w8a8_fp8"
             raise refuse("quantize", "mxfp4", rule)
         q = q.astype(jnp.int8) if q.dtype == jnp.int4 else q
-    return replace(w, q=for_gpu(q, w.scale), turned=True)
+    return replace(w, q=for_gpu(q, w.scale), turned=True, paired=q.dtype in (jnp.int4, jnp.uint8))
+
+
+def _turn_experts(w: QTensor, ways: int) -> QTensor:
+    """Turned where two numbers share a byte; else as it is, which is what the experts' kernel or the reference takes."""
+    return turn(w, ways) if w.q.dtype in (jnp.int4, jnp.uint8) and w.scale.shape[-2] % (2 * ways) == 0 else w
 
 
 def _quantizer(kind: str | None, axes: tuple[str, ...], ways: int, target: Target) -> Any:

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.quantized_matmul import by_group, quantize_rows
-from pallas_kernels.weight_formats import GROUPS, LANES, bfloat16_parts, mxfp4_values
+from pallas_kernels.weight_formats import GROUPS, LANES, bfloat16_parts, turned_values
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 load = plgpu.load
@@ -163,14 +163,7 @@ def _by_xla(x, w, scale, kind, group, quantize_x, out):
         y = lax.dot_general(rows, w, dims, preferred_element_type=jnp.int32 if kind == "int8" else f32)
         return (y.astype(f32) * amount * scale)[:many].astype(out)
     if group:
-        if kind in FOUR_BITS:
-            pairs = w.reshape(w.shape[0], -1, 1, group)
-            if kind == "int4":
-                full = jnp.concatenate([(pairs << 4) >> 4, pairs >> 4], axis=2)
-            else:
-                full = mxfp4_values(pairs)  # of [..., 1, group] bytes [..., 2, group]
-        else:
-            full = w
+        full = turned_values(w, group) if kind in FOUR_BITS else w
         w = (full.reshape(w.shape[0], -1, group).astype(f32) * scale.T[:, :, None]).reshape(w.shape[0], -1)
     precision = lax.Precision.HIGHEST if x.dtype == f32 else None
     y = lax.dot_general(rows, w.astype(x.dtype), dims, precision=precision, preferred_element_type=f32)
@@ -303,6 +296,12 @@ def unpack(kind, t, interpret):
     return [jnp.where(n & 7 == 1, 0, jnp.where(n > 7, -v, v)).astype(bf16) for n, v in zip(nibbles, size)]
 
 
+def scaled_weights(values, scale, group, interpret):
+    """Unpacked [rows, depth] times scale [depth / group, rows], in bfloat16."""
+    by = jnp.broadcast_to(scale.astype(bf16).T[:, :, None], (values.shape[0], scale.shape[0], group)).reshape(values.shape)
+    return values * by if interpret else _asm(_MULTIPLY, "=r,r,r", 2, bf16, values, by)
+
+
 class Site(NamedTuple):
     """What is static about a kernel."""
 
@@ -347,8 +346,7 @@ def _kernel(*refs, site: Site):
         stored = load(w.at[layer, rows, pl.ds(k, tiles.depth)])
         for j, values in enumerate([stored] if site.whole else unpack(site.kind, stored, site.interpret)):
             if before:
-                by = jnp.broadcast_to(of[j].astype(bf16).T[:, :, None], (tiles.rows, of[j].shape[0], group)).reshape(values.shape)
-                values = values * by if site.interpret else _asm(_MULTIPLY, "=r,r,r", 2, bf16, values, by)
+                values = scaled_weights(values, of[j], group, site.interpret)
             at = x.at[jnp.int32(j), pl.ds(first, site.many), pl.ds(k, tiles.depth)]
             right = load(at) if here is None else load(at, mask=here, other=jnp.zeros((), x.dtype))
             pair = (right, values) if flip else (values, right)

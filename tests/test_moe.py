@@ -17,7 +17,7 @@ from llminfer.config import ModelConfig, from_toml
 from llminfer.errors import UserError
 from llminfer.moe import experts, route
 from llminfer.params import layer_specs, param_specs, stacked_specs
-from llminfer.quant import Stacked, dequantize, quantize_int4, quantize_int8
+from llminfer.quant import Stacked, dequantize, maker, quantize_int4, quantize_int8
 from llminfer.target import Target
 from llminfer.weights.hf_config import from_hf
 from llminfer.weights.hf_write import to_hf
@@ -97,6 +97,21 @@ def test_quantized_experts(quantize: Any, kernels: str) -> None:
     y = compiled(C, dataclasses.replace(CPU, kernels=kernels, chip="v6e"))(x, np.ones(11, bool), router, *made)
     wanted = expected(x, np.ones(11, bool), router, *(dequantize(w) for w in made), C)
     np.testing.assert_allclose(y, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["int4", "mxfp4"])
+def test_a_gpu_has_its_4_bit_experts_turned(kind: str) -> None:
+    """By the kernel in bfloat16, by the reference in float32."""
+    target, rng = dataclasses.replace(Target.of("gpu"), kernels="triton-interpret"), np.random.default_rng(5)
+    c = dataclasses.replace(C, hidden_size=256, moe_intermediate_size=256)
+    router, *matrices = (rng.standard_normal(shape, np.float32) * 0.1 for shape in ((256, 8), (8, 256, 512), (8, 256, 256)))
+    made = [maker(kind, ("experts", "embed", "expert_mlp"), 1, target)(jnp.asarray(w)) for w in matrices]
+    assert all(m.turned and m.q.shape == (8, w.shape[2], 128) for m, w in zip(made, matrices, strict=True))
+    for dtype, bound in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
+        x = jnp.asarray(rng.standard_normal((5, 256)), dtype)
+        wanted = expected(np.asarray(x, np.float32), np.ones(5, bool), router, *(dequantize(m) for m in made), c)
+        y = compiled(c, target)(x, np.ones(5, bool), router, *made)
+        np.testing.assert_allclose(np.asarray(y, np.float32), wanted, atol=bound * np.abs(wanted).max(), rtol=0)
 
 
 @TWO
