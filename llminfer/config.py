@@ -25,7 +25,8 @@ LIMITS = {
 }
 MAX_EXPERTS = 4096
 MAX_SINKS = 128
-QUANTIZATIONS = (None, "int8", "int4", "mxfp4", "w8a8")
+QUANTIZATIONS = (None, "int8", "int4", "mxfp4", "mxfp4_experts", "w8a8")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped")
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -87,14 +88,17 @@ class ModelConfig:
     Attention: `windows` is a pattern repeated over the layers, each entry the number of latest positions a token sees (itself
     included), 0 for all of them; `rope_layers` a pattern of as many entries (or one for all): which of `ropes` a layer uses, -1
     for none. qk_norm: "" none, "head" one weight [head_dim] for all heads, "heads" a weight for each head, "full" over all heads
-    at once. attn_scale: None for head_dim ** -0.5. attn_softcap, logit_softcap: x -> cap * tanh(x / cap).
+    at once. attn_scale: None for head_dim ** -0.5. attn_softcap, logit_softcap: x -> cap * tanh(x / cap). sink_logits: each head's
+    softmax has one more key, without a value, whose score is a weight (gpt-oss, arXiv 2508.10925).
     Block: norm "rms" or "layer"; norm_offset is added to a norm's weight. pre_norm: norms before attention and mlp; post_norm:
     norms on what both give, before it is added. parallel: attention and mlp read the same input and are added together;
     shared_norm: then one norm serves both. residual_scale multiplies what is added to the residual stream.
     mlp: gated: act(gate) * up, else act(up). embed_scale and logit_scale multiply the embeddings and the logits.
     Experts (num_experts, 0: none): `moe_layers` is a pattern repeated over the layers: where experts, gated and moe_intermediate_size
     wide, take the place of the mlp. The router scores them by a "softmax" of its logits; a token goes to the experts_per_token best,
-    whose scores are its weights, divided by their sum where norm_topk says so. shared_intermediate_size (0: none): width of an mlp
+    whose scores are its weights, divided by their sum where norm_topk says so. router_bias: "" none, "logits" added to them.
+    expert_bias: both products of an expert have biases. activation "clamped" is of experts alone: gate * sigmoid(1.702 * gate) *
+    (up + 1), gate at most 7, up from -7 to 7 (gpt-oss). shared_intermediate_size (0: none): width of an mlp
     that sees every token beside them; shared_gate: what it gives is multiplied by the sigmoid of a product of the token.
     sink_tokens, sink_window: set by EngineConfig.kv_policy alone: layers of the window sink_window also see the first sink_tokens."""
 
@@ -120,6 +124,7 @@ class ModelConfig:
     parallel: bool = False
     shared_norm: bool = False
     qk_norm: str = ""
+    sink_logits: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -130,7 +135,9 @@ class ModelConfig:
     moe_intermediate_size: int = 0
     moe_layers: tuple[bool, ...] = (True,)
     router: str = "softmax"
+    router_bias: str = ""
     norm_topk: bool = False
+    expert_bias: bool = False
     shared_intermediate_size: int = 0
     shared_gate: bool = False
     attn_scale: float | None = None
@@ -170,7 +177,7 @@ class ModelConfig:
                 raise refuse("rope factors", len(rope.long_factors), f"longrope needs one short and one long factor a pair ({pairs})")
         _one_of("norm", self.norm, ("rms", "layer"))
         _one_of("qk_norm", self.qk_norm, ("", "head", "heads", "full"))
-        _one_of("activation", self.activation, ("silu", "gelu", "gelu_tanh"))
+        _one_of("activation", self.activation, ACTIVATIONS)
         if not (self.pre_norm or self.post_norm):
             raise refuse("pre_norm", False, "a block needs pre_norm or post_norm")
         if self.shared_norm and not (self.parallel and self.pre_norm):
@@ -190,17 +197,25 @@ class ModelConfig:
         if not self.moe_layers or any(type(x) is not bool for x in self.moe_layers):
             raise refuse("moe_layers", self.moe_layers, "must be a list of true (experts) and false (an mlp)")
         _one_of("router", self.router, ("softmax",))
+        _one_of("router_bias", self.router_bias, ("", "logits"))
         if not self.num_experts:
             for field in ("experts_per_token", "moe_intermediate_size", "shared_intermediate_size"):
                 if getattr(self, field):
                     raise refuse(field, getattr(self, field), "must be 0 without num_experts")
+            for field, value in (("router_bias", ""), ("expert_bias", False)):
+                if getattr(self, field) != value:
+                    raise refuse(field, getattr(self, field), "needs num_experts")
+            if self.activation == "clamped":
+                raise refuse("activation", self.activation, "is of experts alone: needs num_experts")
             return
         require_integer("experts_per_token", self.experts_per_token, 1, self.num_experts)
         require_integer("moe_intermediate_size", self.moe_intermediate_size, 1, LIMITS["intermediate_size"])
-        if not self.gated or self.activation not in ("silu", "gelu_tanh"):
-            raise refuse("activation", self.activation, "experts must be gated, by silu or gelu_tanh")
+        if not self.gated or self.activation not in ("silu", "gelu_tanh", "clamped"):
+            raise refuse("activation", self.activation, "experts must be gated, by silu, gelu_tanh or clamped")
+        if self.activation == "clamped" and not (all(self.moe_layers) and not self.shared_intermediate_size):
+            raise refuse("activation", self.activation, "is of experts alone: no layer may have an mlp, or shared experts")
         if self.mlp_bias:
-            raise refuse("mlp_bias", True, "experts have no biases")
+            raise refuse("mlp_bias", True, "is not of models with experts; theirs is expert_bias")
 
     @property
     def period(self) -> int:
@@ -240,11 +255,12 @@ class ModelConfig:
         norms = self.pre_norm * (1 if self.shared_norm else 2) + 2 * self.post_norm
         qk_norm = {"": 0, "head": 2 * self.head_dim, "heads": q + kv, "full": q + kv}[self.qk_norm]
         up = f * (2 if self.gated else 1)
-        biases = self.qkv_bias * (q + 2 * kv) + self.o_bias * d
+        biases = self.qkv_bias * (q + 2 * kv) + self.o_bias * d + self.sink_logits * self.num_heads
         layer = d * (2 * q + 2 * kv) + norms * norm + qk_norm + biases
         mlp = d * (up + f) + self.mlp_bias * (up + d)
         wide = self.num_experts * self.moe_intermediate_size + self.shared_intermediate_size
         experts = d * (self.num_experts + 3 * wide + self.shared_gate)
+        experts += self.num_experts * (bool(self.router_bias) + self.expert_bias * (2 * self.moe_intermediate_size + d))
         tables = (1 if self.tie_embeddings else 2) * self.vocab_size + self.learned_positions * self.max_position
         with_experts = sum(self.has_experts(i) for i in range(self.num_layers))
         return self.num_layers * layer + (self.num_layers - with_experts) * mlp + with_experts * experts + tables * d + norm
@@ -256,8 +272,9 @@ class EngineConfig:
     of the first steps, which xprof and TensorBoard show. kv_policy: "sinks:4,window:1024" keeps the keys and values of the first 4
     and the last 1024 tokens only, in layers that would see all (StreamingLLM, arXiv 2309.17453). quantize: "int8" and "int4" round the
     matrices of the layers, by output channel and in groups of 128 (64, 32) inputs; "mxfp4" to floats of 4 bits in groups of 32 (OCP
-    Microscaling Formats); "w8a8" is int8, and tokens are rounded to int8 too. quantize_head: the output head too (w8a8: as int8); an
-    embedding that is also the head stays as it is for looking tokens up."""
+    Microscaling Formats), "mxfp4_experts" those of experts alone, which is gpt-oss as published; "w8a8" is int8, and tokens are rounded
+    to int8 too. quantize_head: the output head too (w8a8: as int8); an embedding that is also the head stays as it is for looking tokens
+    up."""
 
     slots: int = 8
     context: int | None = None

@@ -70,7 +70,7 @@ def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], la
     """The repeats of the layer pattern under one scan. The caches ride in the carry, whole: a kernel picks its layer. So do weights that
     a kernel takes; XLA's own products take slices without a copy."""
     period = len(stacked)
-    by_kernel = lambda name, leaf: isinstance(leaf, QTensor) or name in ("experts_gate_up", "experts_down")
+    by_kernel = lambda name, leaf: isinstance(leaf, QTensor) or name.startswith("experts_")
     whole = [{name: leaf for name, leaf in vars(w).items() if leaf is not None and by_kernel(name, leaf)} for w in stacked]
     sliced = tuple(replace(w, **dict.fromkeys(kept)) for w, kept in zip(stacked, whole, strict=True))
     windows = [c.groups.index(c.window(place)) for place in range(period)]
@@ -133,7 +133,7 @@ def _mlp(x: jax.Array, before: Norm | None, gate_up: Any, down: Any, w: Layer, c
 def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
     """What the experts of each token give, and those that all tokens share."""
     x = x if before is None else norm(x, before[0], before[1], c)
-    y = moe.experts(x, owned(batch), w.router, w.experts_gate_up, w.experts_down, c, target)
+    y = moe.experts(x, owned(batch), w, c, target)
     if w.shared_gate_up is None:
         return y
     shared = _mlp(x, None, w.shared_gate_up, w.shared_down, w, c, target)
@@ -167,6 +167,7 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
         attend = _by_heads(attend, target.mesh)
     rows: dict[str, Any] = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
     rows |= dict(layer=index, window=jnp.int32(c.groups[group]), **sinks)
+    rows |= {} if w.sink_logits is None else dict(sink_logits=w.sink_logits)
     if isinstance(kv, ScaledPages):
         y, *kv = attend(q, k, v, kv.pages, kv_scale=kv.scale, **rows)
         kv = ScaledPages(*kv)
@@ -180,7 +181,7 @@ def _by_heads(attend: Any, mesh: jax.sharding.Mesh) -> Any:
     new, cache = partition((None, "kv_heads", None)), partition((None, None, "kv_heads", None, None))
 
     def split(q, k, v, kv, **rows):
-        own = {"q_sinks": new, "kv_scale": partition((None, None, "kv_heads"))}
+        own = {"q_sinks": new, "sink_logits": partition(("kv_heads",)), "kv_scale": partition((None, None, "kv_heads"))}
         each = {name: own.get(name, partition(())) for name in rows}
         found = (new, cache, *([own["kv_scale"]] if "kv_scale" in rows else []))
         body = lambda q, k, v, kv, rows: attend(q, k, v, kv, **rows)

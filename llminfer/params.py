@@ -41,6 +41,9 @@ class Layer:
     router: Any = None  # [D, E]
     experts_gate_up: Any = None  # [E, D, 2 * M]
     experts_down: Any = None  # [E, M, D]
+    router_bias: Any = None  # [E]
+    experts_gate_up_bias: Any = None  # [E, 2 * M]
+    experts_down_bias: Any = None  # [E, D]
     shared_gate_up: Any = None  # [D, 2 * S]
     shared_down: Any = None  # [S, D]
     shared_router: Any = None  # [D]
@@ -50,6 +53,7 @@ class Layer:
     mlp_post_norm: Any = None  # [D]
     q_norm: Any = None  # [H], or [q] for every head its own
     k_norm: Any = None  # [H], or [K * H]
+    sink_logits: Any = None  # [K * G]
     attn_norm_bias: Any = None  # [D]
     mlp_norm_bias: Any = None  # [D]
     qkv_bias: Any = None  # [K * (G + 2) * H]
@@ -101,6 +105,8 @@ def layer_specs(c: ModelConfig, number: int) -> Layer:
         specs["qkv_bias"] = zeros(k * (g + 2) * h, "kv_heads")
     if c.o_bias:
         specs["o_bias"] = zeros(d, "embed")
+    if c.sink_logits:
+        specs["sink_logits"] = zeros(k * g, "kv_heads")
     if c.mlp_bias:
         specs |= {"gate_up_bias": zeros(up, "mlp"), "down_bias": zeros(d, "embed")}
     return Layer(**specs)
@@ -113,6 +119,11 @@ def _expert_specs(c: ModelConfig, deep: float) -> dict[str, ParamSpec]:
         experts_gate_up=ParamSpec((e, d, 2 * m), ("experts", "embed", "expert_mlp"), matrix=True),
         experts_down=ParamSpec((e, m, d), ("experts", "expert_mlp", "embed"), std=deep, matrix=True),
     )
+    if c.router_bias:
+        specs["router_bias"] = ParamSpec((e,), ("router",), "zeros")
+    if c.expert_bias:
+        specs["experts_gate_up_bias"] = ParamSpec((e, 2 * m), ("experts", "expert_mlp"), "zeros")
+        specs["experts_down_bias"] = ParamSpec((e, d), ("experts", "embed"), "zeros")
     if s:
         specs["shared_gate_up"] = ParamSpec((d, 2 * s), ("embed", "mlp"), matrix=True)
         specs["shared_down"] = ParamSpec((s, d), ("mlp", "embed"), std=deep, matrix=True)

@@ -79,6 +79,8 @@ def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) ->
 def _maker(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
     """What makes of a weight what the target multiplies with, None for one that stays as it is."""
     kind = "int8" if settings.quantize == "w8a8" and "vocab" in spec.axes else settings.quantize
+    if kind == "mxfp4_experts":
+        kind = "mxfp4" if {"experts", "vocab"} & set(spec.axes) else None
     return maker(kind, spec.axes, ways(target.mesh, spec.axes[-2]), target) if spec.matrix else None
 
 

@@ -33,6 +33,7 @@ FUSED = {
     **{"qkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias")},
     **{"gate_up": ("gate", "up"), "gate_up_bias": ("gate_bias", "up_bias")},
     **{"experts_gate_up": ("experts_gate", "experts_up"), "shared_gate_up": ("shared_gate", "shared_up")},
+    "experts_gate_up_bias": ("experts_gate_bias", "experts_up_bias"),
 }
 MATRICES = ("qkv", "o", "gate_up", "down", "router", "shared_gate_up", "shared_down")
 EXPERTS = ("experts_gate_up", "experts_down")  # matrices, one an expert
@@ -73,6 +74,7 @@ def part_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer |= dict(zip(("q_norm", "k_norm"), norms[c.qk_norm], strict=True))
     biased = [*("qkv" if c.qkv_bias else ""), *("o" if c.o_bias else "")]
     layer |= {f"{name}_bias": layer[name][:1] for name in biased}
+    layer |= {"sink_logits": (heads,)} if c.sink_logits else {}
     mlp |= {f"{name}_bias": shape[:1] for name, shape in mlp.items()} if c.mlp_bias else {}
     shapes: dict[str, tuple[int, ...]] = {"embed": (c.vocab_size, d)}
     if c.learned_positions:
@@ -86,6 +88,8 @@ def part_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _expert_parts(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     d, e, m, s = c.hidden_size, c.num_experts, c.moe_intermediate_size, c.shared_intermediate_size
     parts: dict[str, tuple[int, ...]] = {"router": (e, d), "experts_gate": (e, m, d), "experts_up": (e, m, d), "experts_down": (e, d, m)}
+    parts |= {f"{name}_bias": shape[:2] for name, shape in parts.items() if name != "router"} if c.expert_bias else {}
+    parts |= {"router_bias": (e,)} if c.router_bias else {}
     shared = {"shared_gate": (s, d), "shared_up": (s, d), "shared_down": (d, s)} if s else {}
     return parts | shared | ({"shared_router": (1, d)} if c.shared_gate else {})
 
@@ -197,7 +201,7 @@ def join(parts: list[np.ndarray], leaf: str, c: ModelConfig) -> np.ndarray:
     if leaf not in MATRICES:
         if leaf.startswith("qkv"):
             return np.concatenate([x.reshape(k, -1, h) for x in parts], axis=1).reshape(-1)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
     inside = parts[0].shape[1]
     if leaf != "qkv":
         out = np.empty((inside, len(parts), parts[0].shape[0]), parts[0].dtype)
@@ -233,7 +237,7 @@ def split(leaf: str, array: np.ndarray, c: ModelConfig) -> dict[str, np.ndarray]
     elif leaf.startswith("gate_up") and not c.gated:
         names, parts = names[1:], [rows]
     else:
-        parts = np.split(rows, len(names))
+        parts = np.split(rows, len(names), axis=0 if leaf in MATRICES else -1)
     return {name: np.ascontiguousarray(part) for name, part in zip(names, parts, strict=True)}
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from llminfer.config import LIMITS, ModelConfig, Rope
 from llminfer.errors import refuse, require_integer
+from llminfer.weights.hf_dialects import gemma3_text, gpt2_inner, gpt_oss_rope, internlm_rotary
+from llminfer.weights.hf_experts import experts
 from llminfer.weights.hf_fields import Fields
 from llminfer.weights.hf_rope import FULL, SLIDING, read_ropes
 
@@ -222,35 +224,6 @@ def _gemma(f: Fields, fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gemma3_text(data: dict[str, Any]) -> dict[str, Any]:
-    """The text model of a config.json that also has a vision model. End tokens may stand outside (generation settings)."""
-    text = data.get("text_config")
-    if not isinstance(text, dict):
-        raise refuse("text_config", type(text).__name__, "must be an object")
-    outside = ("bos_token_id", "eos_token_id", "tie_word_embeddings")
-    return {**text, **{name: data[name] for name in outside if data.get(name) is not None}}
-
-
-def _gpt2_inner(data: dict[str, Any]) -> dict[str, Any]:
-    inner, width = data.get("n_inner"), data.get("n_embd")
-    return {**data, "n_inner": 4 * width} if inner is None and type(width) is int else data
-
-
-def _internlm_rotary(data: dict[str, Any]) -> dict[str, Any]:
-    """InternLM 1 has rotary: {base, type: origin or dynamic, scaling_factor}."""
-    rotary = data.get("rotary")
-    if rotary is None:
-        return data
-    if not isinstance(rotary, dict) or not rotary.keys() <= {"base", "type", "scaling_factor"} or data.get("rope_scaling"):
-        raise refuse("rotary", type(rotary).__name__, "must be an object with base, type and scaling_factor, without rope_scaling")
-    named = rotary.get("type", "dynamic")
-    if named not in ("origin", "dynamic"):
-        raise refuse("rotary.type", named if isinstance(named, str) else type(named).__name__, "legal: origin, dynamic")
-    scaling = {"type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)} if named == "dynamic" else None
-    rest = {name: value for name, value in data.items() if name != "rotary"}
-    return {**rest, "rope_theta": rotary.get("base", 10000), "rope_scaling": scaling}
-
-
 def _where_switched(f: Fields, count: int) -> Layers:
     """All layers slide where use_sliding_window says so."""
     return [(SLIDING if f.flag("use_sliding_window") and f.value("sliding_window") is not None else FULL, True)] * count
@@ -263,25 +236,6 @@ def _qwen2_moe(f: Fields, count: int) -> Layers:
     if not slides and SLIDING in types:
         raise f.refuse("layer_types", SLIDING, "needs use_sliding_window and sliding_window")
     return [(kind, True) for kind in types]
-
-
-def _experts(f: Fields, fields: dict[str, Any]) -> dict[str, Any]:
-    """Experts in every decoder_sparse_step-th layer that is not among mlp_only_layers."""
-    step, dense = f.integer("decoder_sparse_step") or 1, f.value("mlp_only_layers") or []
-    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
-        raise f.refuse("mlp_only_layers", dense, "must be a list of layer numbers")
-    count, number = fields["num_layers"], f.required("num_experts")
-    layers = tuple((i + 1) % step == 0 and i not in dense for i in range(count))
-    found = {
-        "num_experts": number if any(layers) else 0,
-        "experts_per_token": f.required("num_experts_per_tok"),
-        "moe_intermediate_size": f.integer("moe_intermediate_size") or fields["intermediate_size"],
-        "moe_layers": layers[: next(p for p in range(1, count + 1) if all(layers[i] == layers[i - p] for i in range(p, count)))],
-        "norm_topk": f.flag("norm_topk_prob"),
-        "shared_intermediate_size": f.integer("shared_expert_intermediate_size", 0) or 0,
-    }
-    found["shared_gate"] = found["shared_intermediate_size"] > 0
-    return found if any(layers) else {}
 
 
 def _no_rope(f: Fields, count: int) -> Layers:
@@ -309,7 +263,7 @@ GEMMA2 = Family(
     layers=_alternating,
     more=_gemma,
 )
-MOE: dict[str, Any] = dict(names={"num_local_experts": "num_experts"}, more=_experts)
+MOE: dict[str, Any] = dict(names={"num_local_experts": "num_experts"}, more=experts)
 TRAINING = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
 GEMMA3_SIZES = {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8}
 GEMMA3: dict[str, Any] = dict(
@@ -367,6 +321,18 @@ FAMILIES: dict[str, Family] = {
         layers=_all_slide,
         ignored=TRAINING,
     ),
+    "GptOssForCausalLM": Family(
+        {"num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 150000.0}
+        | {"sliding_window": 128, "sliding_window_pattern": 2, "attention_bias": True, "bos_token_id": None, "eos_token_id": None}
+        | {"num_experts": 128, "num_experts_per_tok": 4, "norm_topk_prob": True},
+        **MOE,
+        fields={"sink_logits": True, "router_bias": "logits", "expert_bias": True, "activation": "clamped"},
+        flags=ATTENTION_BIAS,
+        only={"hidden_act": "silu", "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        ignored=("initial_context_length", "experts_per_token", *TRAINING),  # in the published files, beside fields that say the same
+        layers=_alternating,
+        prepare=gpt_oss_rope,
+    ),
     "GemmaForCausalLM": Family(
         {"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192, "hidden_act": "gelu", **GEMMA_TOKENS},
         fields={"norm_offset": 1.0},
@@ -376,7 +342,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": Family(**GEMMA3),
-    "Gemma3ForConditionalGeneration": Family(**GEMMA3, prepare=_gemma3_text),
+    "Gemma3ForConditionalGeneration": Family(**GEMMA3, prepare=gemma3_text),
     "Phi3ForCausalLM": Family(
         {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "eos_token_id": 32000},
         only={"full_attn_mod": 1, "interpolate_factor": 1},
@@ -444,7 +410,7 @@ FAMILIES: dict[str, Family] = {
         fields={**LAYER_NORM, "gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "learned_positions": True},
         more=lambda f, fields: {"attn_scale": None if f.flag("scale_attn_weights") else 1.0},
         layers=_no_rope,
-        prepare=_gpt2_inner,
+        prepare=gpt2_inner,
         ignored=("n_ctx",),
     ),
     "GPTNeoXForCausalLM": Family(
@@ -456,7 +422,7 @@ FAMILIES: dict[str, Family] = {
         partial_rotary=True,
     ),
     "InternLMForCausalLM": Family(
-        {"attention_bias": True}, names={"bias": "attention_bias"}, flags=ATTENTION_BIAS, prepare=_internlm_rotary
+        {"attention_bias": True}, names={"bias": "attention_bias"}, flags=ATTENTION_BIAS, prepare=internlm_rotary
     ),
     "InternLM2ForCausalLM": Family({"attention_bias": True}, names={"bias": "attention_bias"}, flags=ATTENTION_BIAS),
     "InternLM3ForCausalLM": Family(

@@ -26,8 +26,10 @@ OTHER_MODES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 class Names:
     """The names of one family. modules: inside a layer, module -> the parts whose rows it joins; top: part -> module outside;
     layer: the prefix of layer {}. by_head: modules whose rows go by kv head: its queries, its key, its value. columns: matrices
-    are stored [in, out] (Conv1D). each: part -> the module {} that holds a row of it: a head's norm, an expert's matrix. optional: a
-    prefix of all names that some checkpoints leave out. interleaved: rotary pairs are elements (0, 1), (2, 3), ..."""
+    are stored [in, out] (Conv1D). each: part -> the module {} that holds a row of it: a head's norm, an expert's matrix. whole: tensors
+    of all experts (or none's) under their whole name -> the parts whose last axes they join, matrices [in, out]; alternating: by turns,
+    not one after the other. optional: a prefix of all names that some checkpoints leave out. interleaved: rotary pairs are elements
+    (0, 1), (2, 3), ..."""
 
     modules: Mapping[str, tuple[str, ...]]
     top: Mapping[str, str]
@@ -35,6 +37,8 @@ class Names:
     by_head: tuple[str, ...] = ()
     columns: bool = False
     each: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    alternating: bool = False
     optional: str = ""
     interleaved: bool = False
 
@@ -108,6 +112,16 @@ MIXTRAL = Names(
     TOP,
     each={f"experts_{name}": f"block_sparse_moe.experts.{{}}.{own}" for name, own in (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
 )
+GPT_OSS = Names(
+    ATTENTION | NORMS | _modules(router="mlp.router"),
+    TOP,
+    whole={
+        "self_attn.sinks": ("sink_logits",),
+        **{f"mlp.experts.gate_up_proj{end}": (f"experts_gate{end}", f"experts_up{end}") for end in ("", "_bias")},
+        **{f"mlp.experts.down_proj{end}": (f"experts_down{end}",) for end in ("", "_bias")},
+    },
+    alternating=True,
+)
 # Architectures whose names are not Llama's.
 OTHERS = {
     **dict.fromkeys(("Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM"), OLMO2),
@@ -116,12 +130,14 @@ OTHERS = {
     **{"StableLmForCausalLM": STABLELM, "Phi3ForCausalLM": PHI3, "Starcoder2ForCausalLM": STARCODER2, "GPT2LMHeadModel": GPT2},
     **{"GPTNeoXForCausalLM": GPT_NEOX, "InternLM2ForCausalLM": INTERNLM2, "ExaoneForCausalLM": EXAONE},
     **{"Qwen2MoeForCausalLM": QWEN_MOE, "Qwen3MoeForCausalLM": QWEN_MOE, "MixtralForCausalLM": MIXTRAL},
+    "GptOssForCausalLM": GPT_OSS,
 }
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor: its shape, the parts it joins, and how: "rows", "columns" (transposed), "heads" (by kv head)."""
+    """One stored tensor: its shape, the parts it joins, and how: "rows", "columns" (transposed), "heads" (by kv head), "joined" or
+    "alternating" (Names.whole)."""
 
     shape: tuple[int, ...]
     parts: tuple[str, ...]
@@ -153,7 +169,18 @@ def stored_tensors(architecture: str, c: ModelConfig) -> dict[str, Tensor]:
             rows, *shape = shapes.get(f"layers.{i}.{part}", (0,))
             for row in range(rows):
                 found[f"{prefix}{module.format(row)}.weight"] = Tensor(tuple(shape), (f"layers.{i}.{part}#{row}",))
+        for name, parts in names.whole.items():
+            held = tuple(part for part in (f"layers.{i}.{part}" for part in parts) if part in shapes)
+            if held:
+                shape = _turned(shapes[held[0]])
+                how = "alternating" if names.alternating else "joined"
+                found[prefix + name] = Tensor((*shape[:-1], shape[-1] * len(held)), held, how)
     return found
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of experts' matrices [E, out, in]: [E, in, out]; of a bias itself."""
+    return (*shape[:-2], shape[-1], shape[-2]) if len(shape) == 3 else shape
 
 
 class Tensors(Protocol):
@@ -163,7 +190,9 @@ class Tensors(Protocol):
 
     def require_float(self, name: str) -> None: ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, columns: slice = slice(None)) -> np.ndarray:
+        """Of the last axis only these."""
+        ...
 
 
 class HfSource:
@@ -207,6 +236,9 @@ class HfSource:
             return np.stack([self.read(f"{part}#{head}") for head in range(self._parts[part][0])])
         name = self._home[part]
         tensor = self._expected[name]
+        if tensor.how in ("joined", "alternating"):
+            array = self._tensors.read(self._name[name], _columns(tensor, tensor.parts.index(part)))
+            return array.swapaxes(1, 2) if array.ndim == 3 else array
         array = self._tensors.read(self._name[name])
         if tensor.how == "columns":
             array = array.T
@@ -217,6 +249,13 @@ class HfSource:
             at = tensor.parts.index(part)
             array = array[starts[at] : starts[at + 1]]
         return _reorder(array, part, self._config, (-1, 2)) if self._interleaved else array
+
+
+def _columns(tensor: Tensor, at: int) -> slice:
+    """Which of its last axis are those of part number `at`."""
+    count = len(tensor.parts)
+    size = tensor.shape[-1] // count
+    return slice(at, None, count) if tensor.how == "alternating" else slice(at * size, (at + 1) * size)
 
 
 def _reorder(array: np.ndarray, part: str, c: ModelConfig, pairs: tuple[int, int]) -> np.ndarray:
@@ -275,5 +314,10 @@ def _stored(held: dict[str, np.ndarray], tensor: Tensor, c: ModelConfig) -> np.n
     arrays = [held[part] for part in tensor.parts]
     if tensor.how == "heads":
         return np.ascontiguousarray(join(arrays, "qkv_bias" if arrays[0].ndim == 1 else "qkv", c).T)
+    if tensor.how in ("joined", "alternating"):
+        found = np.empty(tensor.shape, arrays[0].dtype)
+        for at, array in enumerate(arrays):
+            found[..., _columns(tensor, at)] = array.swapaxes(1, 2) if array.ndim == 3 else array
+        return found
     whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     return np.ascontiguousarray(whole.T) if tensor.how == "columns" else whole

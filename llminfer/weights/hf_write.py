@@ -24,12 +24,13 @@ MODEL_TYPES = {
     **{"GPTNeoXForCausalLM": "gpt_neox", "Exaone4ForCausalLM": "exaone4"},
     **{"CohereForCausalLM": "cohere", "Cohere2ForCausalLM": "cohere2"},
     **{"MixtralForCausalLM": "mixtral", "Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3MoeForCausalLM": "qwen3_moe"},
+    "GptOssForCausalLM": "gpt_oss",
 }
 # Readings of layers whose window and type are both written.
 BY_TYPE = (hf_config._alternating, hf_config._qwen, hf_config._rope_where_sliding, hf_config._smollm3, hf_config._cohere2)
 BY_TYPE += (hf_config._qwen2_moe,)
 SWITCHED = (hf_config._qwen, hf_config._smollm3, hf_config._qwen2_moe)
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+ACTIVATIONS = {"clamped": "silu", "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def to_hf(c: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -124,6 +125,10 @@ def _experts(c: ModelConfig) -> dict[str, Any]:
     return {**sizes, "norm_topk_prob": c.norm_topk, "mlp_only_layers": dense}
 
 
+def _local_experts(c: ModelConfig) -> dict[str, Any]:
+    return {"num_local_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token}
+
+
 def _gemma(c: ModelConfig) -> dict[str, Any]:
     scalar = c.head_dim if c.attn_scale is None else round(c.attn_scale**-2, 6)
     return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
@@ -137,7 +142,7 @@ EXTRA: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "StableLmForCausalLM": lambda c: {"qk_layernorm": c.qk_norm == "heads"},
     "CohereForCausalLM": lambda c: {"use_qk_norm": c.qk_norm == "heads"},
     "GPT2LMHeadModel": lambda c: {"scale_attn_weights": c.attn_scale is None},
-    "MixtralForCausalLM": lambda c: {"num_local_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token},
+    **dict.fromkeys(("MixtralForCausalLM", "GptOssForCausalLM"), _local_experts),
     "Qwen2MoeForCausalLM": lambda c: {**_experts(c), "shared_expert_intermediate_size": c.shared_intermediate_size},
     "Qwen3MoeForCausalLM": _experts,
 }

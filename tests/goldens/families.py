@@ -190,6 +190,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**RMS, "head_dim": 24, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
         | {"mlp_only_layers": [1], "rope_parameters": default_rope(3000.0)},
     ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {**RMS, "head_dim": 24, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": WINDOW}
+        | {"rope_parameters": {**YARN, "truncate": False}},
+    ),
     "mixtral": (
         "MixtralForCausalLM",
         {**RMS, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": WINDOW, "rope_parameters": default_rope(900.0)},
@@ -226,6 +231,8 @@ def weights(shapes: dict[str, list[int]], model: str) -> dict[str, np.ndarray]:
             value = value * 0.5 + center + (0.4 if any(s in name for s in ("q_norm", "k_norm", "_layernorm.norms")) else 0.0)
         elif any(part in name for part in ("embed", "wte", "wpe", "lm_head", "output.weight")):
             value = value * (0.2 if model.startswith("gemma") else 0.5 if tied else 0.7)  # Gemma scales its embeddings by 8
+        elif name.endswith("experts.gate_up_proj") and model.startswith("gpt_oss"):
+            value = value * 8.0 / shape[-2] ** 0.5  # so that its limits act
         else:
             attends = any(part in name for part in ("q_proj", "k_proj", "qkv", "query_key_value", "c_attn"))
             value = value * (2.5 if attends else 1.7) / shape[-1] ** 0.5

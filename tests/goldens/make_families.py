@@ -149,10 +149,14 @@ def build(name: str, folder: Path) -> tuple[dict[str, Any], Shapes, transformers
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes families.npz with torch and transformers.")
     parser.add_argument("--only", nargs="*", help="look at these models, store nothing")
-    only = parser.parse_args().only
+    parser.add_argument("--add", nargs="*", help="make these models, and leave the others as they are")
+    only, add = (vars(parser.parse_args())[name] for name in ("only", "add"))
     torch.set_num_threads(2)
     arrays: dict[str, np.ndarray] = {}
-    for name in only or MODELS:
+    if add:
+        with np.load(FILE) as there:
+            arrays |= {name: there[name] for name in there}
+    for name in only or add or MODELS:
         with tempfile.TemporaryDirectory() as folder:
             config, shapes, model = build(name, Path(folder))
         ids = ((uniform((PROMPT_LEN,), f"{name}/ids") + 1) * VOCAB / 2).astype(np.int32).clip(3, 120)
