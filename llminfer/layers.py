@@ -12,13 +12,13 @@ import numpy as np
 from llminfer.config import ModelConfig, Rope
 
 
-def norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, c: ModelConfig) -> jax.Array:
+def norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, c: ModelConfig, eps: float | None = None) -> jax.Array:
     """Norm over the last axis, computed in float32: by the root mean square (Zhang and Sennrich, arXiv 1910.07467), or after
-    the mean is taken off (layer norm, Ba et al., arXiv 1607.06450). weight, bias: shapes that broadcast to x."""
+    the mean is taken off (layer norm, Ba et al., arXiv 1607.06450). weight, bias: shapes that broadcast to x. eps: None for the model's."""
     y = x.astype(jnp.float32)
     if c.norm == "layer":
         y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + c.norm_eps)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + (c.norm_eps if eps is None else eps))
     if c.norm_offset:  # such a weight is small beside the offset: it must not be rounded with it
         return (y * (c.norm_offset + weight.astype(jnp.float32))).astype(x.dtype)
     y = weight * y.astype(x.dtype)

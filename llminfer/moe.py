@@ -28,9 +28,25 @@ def route(x: jax.Array, router: jax.Array, bias: jax.Array | None, c: ModelConfi
     """(weights float32, expert numbers int32), both [T, experts_per_token], of x [T, D] by router [D, E] and bias [E]. Scores are
     float32. gpt-oss's softmax over the chosen alone is that over all, divided by the sum of the chosen (norm_topk)."""
     logits = jnp.dot(x, router, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    scores = jax.nn.softmax(logits if bias is None else logits + bias.astype(jnp.float32), axis=-1)
-    weights, chosen = lax.top_k(scores, c.experts_per_token)
-    return weights / weights.sum(-1, keepdims=True) if c.norm_topk else weights, chosen
+    wide = 0.0 if bias is None else bias.astype(jnp.float32)
+    logits = logits + wide if c.router_bias == "logits" else logits
+    scores = jax.nn.softmax(logits, axis=-1) if c.router == "softmax" else jax.nn.sigmoid(logits)
+    ranked = _in_best_groups(scores + wide if c.router_bias == "choice" else scores, c)
+    weights, chosen = lax.top_k(ranked, c.experts_per_token)
+    if ranked is not scores:
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    weights = weights / weights.sum(-1, keepdims=True) if c.norm_topk else weights
+    return weights if c.routed_scale == 1 else weights * c.routed_scale, chosen
+
+
+def _in_best_groups(scores: jax.Array, c: ModelConfig) -> jax.Array:
+    """scores [T, E] with -inf for experts of groups that are not among the best, by the sum of a group's two largest."""
+    if c.router_groups_used == c.router_groups:
+        return scores
+    grouped = scores.reshape(len(scores), c.router_groups, -1)
+    _, best = lax.top_k(lax.top_k(grouped, 2)[0].sum(-1), c.router_groups_used)
+    used = (best[:, :, None] == jnp.arange(c.router_groups)).any(1)
+    return jnp.where(used[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def experts(x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target) -> jax.Array:

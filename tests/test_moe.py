@@ -159,7 +159,11 @@ def test_layers_follow_the_pattern() -> None:
         ({"activation": "gelu"}, "activation='gelu': experts must be gated, by silu, gelu_tanh or clamped"),
         ({"activation": "clamped", "moe_layers": (True, False)}, "activation='clamped': is of experts alone: no layer may have an mlp"),
         ({"router_bias": "after"}, "router_bias='after': legal: , logits"),
-        ({"router": "sigmoid"}, "router='sigmoid': legal: softmax"),
+        ({"router": "top"}, "router='top': legal: softmax, sigmoid"),
+        ({"router_groups": 3}, "router_groups=3: must cut num_experts=8 into equal groups"),
+        ({"router_groups": 4, "experts_per_token": 3}, "experts_per_token=3: must be at most the 2 experts of router_groups_used"),
+        ({"kv_rank": 32}, "rope_head_dim=0: must be an integer from 1 to 31"),
+        ({"dense_layers": 4}, "dense_layers=4: must be an integer from 0 to 3"),
         ({"moe_layers": ()}, "moe_layers="),
     ],
 )

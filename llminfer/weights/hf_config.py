@@ -11,8 +11,8 @@ from typing import Any
 
 from llminfer.config import LIMITS, ModelConfig, Rope
 from llminfer.errors import refuse, require_integer
-from llminfer.weights.hf_dialects import gemma3_text, gpt2_inner, gpt_oss_rope, internlm_rotary
-from llminfer.weights.hf_experts import experts
+from llminfer.weights.hf_dialects import deepseek_head, gemma3_text, gpt2_inner, gpt_oss_rope, internlm_rotary
+from llminfer.weights.hf_experts import deepseek, experts
 from llminfer.weights.hf_fields import Fields
 from llminfer.weights.hf_rope import FULL, SLIDING, read_ropes
 
@@ -79,7 +79,7 @@ def from_hf(data: dict[str, Any], name: str) -> ModelConfig:
         value = f.number(number)
         fields |= {target: value} if value is not None else {}
     fields |= family.more(f, fields)
-    if fields.get("attn_scale") == sizes["head_dim"] ** -0.5:
+    if fields.get("attn_scale") == fields["head_dim"] ** -0.5:
         fields["attn_scale"] = None
     if "activation" not in fields:
         fields["activation"] = ACTIVATIONS[f.one_of("hidden_act", ACTIVATIONS)]
@@ -332,6 +332,19 @@ FAMILIES: dict[str, Family] = {
         ignored=("initial_context_length", "experts_per_token", *TRAINING),  # in the published files, beside fields that say the same
         layers=_alternating,
         prepare=gpt_oss_rope,
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        {"max_position_embeddings": 4096, "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048}
+        | {"n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "norm_topk_prob": True}
+        | {"routed_scaling_factor": 2.5, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+        | {"v_head_dim": 128, "bos_token_id": 0, "eos_token_id": 1},
+        names={"n_routed_experts": "num_experts"},
+        flags=ATTENTION_BIAS,
+        only={"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1, "rope_interleave": True},
+        # Further layers that draft tokens are not read; the rest speaks of training, or says again what others say.
+        ignored=("num_nextn_predict_layers", "num_mtp_layers", "ep_size", "aux_loss_alpha", "seq_aux", "qk_head_dim", *TRAINING),
+        more=deepseek,
+        prepare=deepseek_head,
     ),
     "GemmaForCausalLM": Family(
         {"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192, "hidden_act": "gelu", **GEMMA_TOKENS},

@@ -43,3 +43,8 @@ def gpt_oss_rope(data: dict[str, Any]) -> dict[str, Any]:
         return data
     yarn = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
     return data | {"rope_scaling": yarn | {"original_max_position_embeddings": 4096}}
+
+
+def deepseek_head(data: dict[str, Any]) -> dict[str, Any]:
+    """Only a part of each head is rotated: what reads the rotary embedding is told of that part."""
+    return data | {"head_dim": data.get("qk_rope_head_dim") or 64}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 from llminfer.weights.hf_fields import Fields
@@ -24,3 +26,26 @@ def experts(f: Fields, fields: dict[str, Any]) -> dict[str, Any]:
     }
     found["shared_gate"] = found["shared_intermediate_size"] > 0
     return found if any(layers) else {}
+
+
+def deepseek(f: Fields, fields: dict[str, Any]) -> dict[str, Any]:
+    """Latent attention, a router of groups, and dense layers first."""
+    plain, rotated = f.required("qk_nope_head_dim"), f.required("qk_rope_head_dim")
+    dense, shared = f.integer("first_k_dense_replace", 0) or 0, f.integer("n_shared_experts", 0) or 0
+    found = {"num_kv_heads": 1, "q_rank": f.integer("q_lora_rank") or 0, "kv_rank": f.required("kv_lora_rank")}
+    found |= {"head_dim": plain + rotated, "rope_head_dim": rotated, "value_dim": f.required("v_head_dim")}
+    found |= {"ropes": tuple(replace(rope, dim=rotated) for rope in fields["ropes"]), "attn_scale": _yarn_scale(f, plain + rotated)}
+    own = experts(f, fields)
+    groups = {"router_groups": f.integer("n_group") or 1, "router_groups_used": f.integer("topk_group") or 1}
+    if dense >= fields["num_layers"]:
+        return found
+    own |= {"dense_layers": dense, "router": "sigmoid", "router_bias": "choice", "routed_scale": f.number("routed_scaling_factor")}
+    return found | own | groups | {"shared_intermediate_size": shared * own["moe_intermediate_size"], "shared_gate": False}
+
+
+def _yarn_scale(f: Fields, head_dim: int) -> float:
+    """Scores of a context that yarn stretches are larger: by mscale_all_dim."""
+    rope = f.value("rope_parameters" if f.has("rope_parameters") else "rope_scaling") or {}
+    weight, factor = rope.get("mscale_all_dim") or 0.0, rope.get("factor") or 1.0
+    larger = 0.1 * weight * math.log(factor) + 1 if weight and factor > 1 else 1.0
+    return head_dim**-0.5 * larger**2

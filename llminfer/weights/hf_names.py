@@ -29,7 +29,7 @@ class Names:
     are stored [in, out] (Conv1D). each: part -> the module {} that holds a row of it: a head's norm, an expert's matrix. whole: tensors
     of all experts (or none's) under their whole name -> the parts whose last axes they join, matrices [in, out]; alternating: by turns,
     not one after the other. optional: a prefix of all names that some checkpoints leave out. interleaved: rotary pairs are elements
-    (0, 1), (2, 3), ..."""
+    (0, 1), (2, 3), ... drafts: further layers that draft tokens follow those of the model, and are left out."""
 
     modules: Mapping[str, tuple[str, ...]]
     top: Mapping[str, str]
@@ -41,6 +41,7 @@ class Names:
     alternating: bool = False
     optional: str = ""
     interleaved: bool = False
+    drafts: bool = False
 
 
 def _modules(**names: str) -> dict[str, tuple[str, ...]]:
@@ -122,6 +123,22 @@ GPT_OSS = Names(
     },
     alternating=True,
 )
+DEEPSEEK = Names(
+    ATTENTION
+    | MLP
+    | NORMS
+    | _modules(q_a="self_attn.q_a_proj", q_a_norm="self_attn.q_a_layernorm", q_b="self_attn.q_b_proj")
+    | _modules(kv_a="self_attn.kv_a_proj_with_mqa", kv_a_norm="self_attn.kv_a_layernorm")
+    | {"self_attn.kv_b_proj": ("k_b", "v_b")}
+    | _modules(router="mlp.gate", shared_gate="mlp.shared_experts.gate_proj", shared_up="mlp.shared_experts.up_proj")
+    | _modules(shared_down="mlp.shared_experts.down_proj"),
+    TOP,
+    each=QWEN_MOE.each,
+    whole={"mlp.gate.e_score_correction_bias": ("router_bias",)},
+    by_head=("self_attn.kv_b_proj",),
+    interleaved=True,
+    drafts=True,
+)
 # Architectures whose names are not Llama's.
 OTHERS = {
     **dict.fromkeys(("Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM"), OLMO2),
@@ -130,7 +147,7 @@ OTHERS = {
     **{"StableLmForCausalLM": STABLELM, "Phi3ForCausalLM": PHI3, "Starcoder2ForCausalLM": STARCODER2, "GPT2LMHeadModel": GPT2},
     **{"GPTNeoXForCausalLM": GPT_NEOX, "InternLM2ForCausalLM": INTERNLM2, "ExaoneForCausalLM": EXAONE},
     **{"Qwen2MoeForCausalLM": QWEN_MOE, "Qwen3MoeForCausalLM": QWEN_MOE, "MixtralForCausalLM": MIXTRAL},
-    "GptOssForCausalLM": GPT_OSS,
+    **{"GptOssForCausalLM": GPT_OSS, "DeepseekV3ForCausalLM": DEEPSEEK},
 }
 
 
@@ -202,6 +219,7 @@ class HfSource:
         self._tensors, self._config = tensors, config
         names = OTHERS.get(architecture, LLAMA)
         self._interleaved = names.interleaved
+        self._draft = re.compile(rf"{re.escape(names.layer.format(0)).replace('0', '([0-9]+)')}.*") if names.drafts else None
         self._expected = stored_tensors(architecture, config)
         self._name = _aliases(tensors.shapes(), names.optional)
         self._home = {part: name for name, tensor in self._expected.items() for part in tensor.parts}
@@ -217,7 +235,7 @@ class HfSource:
             if tensor is None:
                 if name in ("lm_head.weight", "embed_out.weight"):
                     found["lm_head"] = stored[ours]
-                elif not IGNORED.fullmatch(name) and not OTHER_MODES.fullmatch(name):
+                elif not IGNORED.fullmatch(name) and not OTHER_MODES.fullmatch(name) and not self._drafts(name):
                     found[ours] = stored[ours]
             elif stored[ours] == tensor.shape:
                 found |= {part: self._parts[part] for part in tensor.parts if "#" not in part}
@@ -227,6 +245,10 @@ class HfSource:
         rows = {part: [f"{part}#{head}" for head in range(self._parts[part][0])] for part in whole}
         missing = {row for part in whole for row in rows[part] if self._home[row] not in self._name}
         return found | {part: self._parts[part] for part in whole if not missing & set(rows[part])}
+
+    def _drafts(self, name: str) -> bool:
+        found = self._draft and self._draft.fullmatch(name)
+        return bool(found) and int(found[1]) >= self._config.num_layers
 
     def stored(self, part: str) -> str:
         return self._home.get(part) or self._home.get(f"{part}#0") or part
@@ -259,20 +281,27 @@ def _columns(tensor: Tensor, at: int) -> slice:
 
 
 def _reorder(array: np.ndarray, part: str, c: ModelConfig, pairs: tuple[int, int]) -> np.ndarray:
-    """Elements of each head of queries and keys taken as a matrix of this shape and turned: (-1, 2) brings rotary pairs from
-    interleaved to half-split order, (2, -1) back."""
+    """Elements of each head of queries and keys (with latents: the last of them) taken as a matrix of this shape and turned: (-1, 2)
+    brings rotary pairs from interleaved to half-split order, (2, -1) back."""
     name = part.rpartition(".")[2]
-    if name.removesuffix("_bias").removesuffix("_norm") not in ("q", "k"):
+    own = name.removesuffix("_bias").removesuffix("_norm")
+    if own not in ("q", "k", "q_b", "kv_a") or name == "kv_a_norm":
         return array
-    heads = array.size // c.head_dim if name.endswith(("_norm", "_bias")) else array.shape[0] // c.head_dim
-    size = {-1: c.head_dim // 2, 2: 2}
+    width, rotated = c.row_dim if own == "kv_a" else c.head_dim, c.rope_head_dim or c.head_dim
     rest = () if name.endswith(("_norm", "_bias")) else array.shape[1:]
-    by_pairs = array.reshape(heads, *(size[n] for n in pairs), *rest)
-    return np.ascontiguousarray(by_pairs.swapaxes(1, 2)).reshape(array.shape)
+    by_head = array.reshape(-1, width, *rest)
+    size = {-1: rotated // 2, 2: 2}
+    by_pairs = by_head[:, width - rotated :].reshape(len(by_head), *(size[n] for n in pairs), *rest)
+    turned = by_pairs.swapaxes(1, 2).reshape(len(by_head), rotated, *rest)
+    return np.concatenate([by_head[:, : width - rotated], turned], axis=1).reshape(array.shape)
 
 
 def _heads(array: np.ndarray, parts: tuple[str, ...], part: str, c: ModelConfig) -> np.ndarray:
-    """The rows of one part of a tensor that goes by kv head, which is the order of our own fused leaf."""
+    """The rows of one part of a tensor that goes by kv head, which is the order of our own fused leaf; of one that makes keys and values
+    of latents, by head."""
+    if c.kv_rank:
+        by_head, key = array.reshape(c.num_heads, -1, c.kv_rank), c.head_dim - c.rope_head_dim
+        return (by_head[:, :key] if parts.index(part) == 0 else by_head[:, key:]).reshape(-1, c.kv_rank)
     pieces = split("qkv_bias" if array.ndim == 1 else "qkv", array.T, c)
     return list(pieces.values())[parts.index(part)]
 
@@ -312,6 +341,8 @@ def _stored(held: dict[str, np.ndarray], tensor: Tensor, c: ModelConfig) -> np.n
     if head:
         return held[first][int(head)]
     arrays = [held[part] for part in tensor.parts]
+    if tensor.how == "heads" and c.kv_rank:
+        return np.concatenate([array.reshape(c.num_heads, -1, c.kv_rank) for array in arrays], axis=1).reshape(tensor.shape)
     if tensor.how == "heads":
         return np.ascontiguousarray(join(arrays, "qkv_bias" if arrays[0].ndim == 1 else "qkv", c).T)
     if tensor.how in ("joined", "alternating"):

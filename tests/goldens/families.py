@@ -190,6 +190,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**RMS, "head_dim": 24, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
         | {"mlp_only_layers": [1], "rope_parameters": default_rope(3000.0)},
     ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {**COMMON, "num_key_value_heads": 4, "num_hidden_layers": 4, "first_k_dense_replace": 1, "moe_intermediate_size": 40}
+        | {"n_routed_experts": 12, "num_experts_per_tok": 3, "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "rms_norm_eps": 1e-5}
+        | {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20}
+        | {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}, "num_nextn_predict_layers": 0},
+    ),
+    "deepseek_v3_plain": (  # as Kimi-K2: one group; and queries without a latent
+        "DeepseekV3ForCausalLM",
+        {**COMMON, "num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 0, "moe_intermediate_size": 40}
+        | {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+        | {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 12, "v_head_dim": 8}
+        | {"attention_bias": True, "routed_scaling_factor": 1.5, "rope_parameters": default_rope(900.0), "num_nextn_predict_layers": 0},
+    ),
     "gpt_oss": (
         "GptOssForCausalLM",
         {**RMS, "head_dim": 24, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": WINDOW}
@@ -234,7 +248,7 @@ def weights(shapes: dict[str, list[int]], model: str) -> dict[str, np.ndarray]:
         elif name.endswith("experts.gate_up_proj") and model.startswith("gpt_oss"):
             value = value * 8.0 / shape[-2] ** 0.5  # so that its limits act
         else:
-            attends = any(part in name for part in ("q_proj", "k_proj", "qkv", "query_key_value", "c_attn"))
+            attends = any(part in name for part in ("q_proj", "q_b_proj", "k_proj", "qkv", "query_key_value", "c_attn"))
             value = value * (2.5 if attends else 1.7) / shape[-1] ** 0.5
         tensors[name] = np.ascontiguousarray(value, np.float32)
     return tensors
