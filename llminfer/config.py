@@ -85,26 +85,29 @@ class Rope:
 class ModelConfig:
     """Shapes and constants of one decoder-only transformer: every family is a choice of these fields. Sizes in elements.
 
-    Attention: `windows` is a pattern repeated over the layers, each entry the number of latest positions a token sees (itself
-    included), 0 for all of them; `rope_layers` a pattern of as many entries (or one for all): which of `ropes` a layer uses, -1
-    for none. qk_norm: "" none, "head" one weight [head_dim] for all heads, "heads" a weight for each head, "full" over all heads
-    at once. attn_scale: None for head_dim ** -0.5. attn_softcap, logit_softcap: x -> cap * tanh(x / cap). sink_logits: each head's
+    Attention: `windows` is a pattern repeated over the layers, each entry the number of latest positions a token sees (itself included), 0
+    for all of them; chunked: the size of chunks instead, of which a token sees its own, up to itself (Llama 4); `rope_layers` a pattern
+    of as many entries (or one for all): which of `ropes` a layer uses, -1 for none. qk_norm: "" none, "head" one weight [head_dim] for
+    all heads, "heads" a weight for each head, "full" over all heads at once, "unit" without a weight, after the rotation and where
+    there is one. query_floor F > 0: in layers without a rotation queries at position p are multiplied by 1 + query_scale * log(1 + (p +
+    1) // F). attn_scale: None for head_dim ** -0.5. attn_softcap, logit_softcap: x -> cap * tanh(x / cap). sink_logits: each head's
     softmax has one more key, without a value, whose score is a weight (gpt-oss, arXiv 2508.10925). Latent attention (kv_rank > 0;
     DeepSeek-V2, arXiv 2405.04434): keys and values of all heads are made of one latent of kv_rank numbers a token, beside which a key
-    has rope_head_dim rotated ones, the same for all heads. These are what is cached, as num_kv_heads = 1. Of a query's head_dim the last
-    rope_head_dim are rotated; a value has value_dim. q_rank: queries are made of a latent of their own, 0: of the hidden state.
+    has rope_head_dim rotated ones, the same for all heads. These are what is cached, as num_kv_heads = 1. Of a query's head_dim the
+    last rope_head_dim are rotated; a value has value_dim. q_rank: queries are made of a latent of their own, 0: of the hidden state.
     Block: norm "rms" or "layer"; norm_offset is added to a norm's weight. pre_norm: norms before attention and mlp; post_norm:
     norms on what both give, before it is added. parallel: attention and mlp read the same input and are added together;
     shared_norm: then one norm serves both. residual_scale multiplies what is added to the residual stream.
     mlp: gated: act(gate) * up, else act(up). embed_scale and logit_scale multiply the embeddings and the logits.
-    Experts (num_experts, 0: none): `moe_layers` is a pattern repeated over the layers: where experts, gated and moe_intermediate_size
-    wide, take the place of the mlp; the first dense_layers have none. The router scores them by a "softmax" or "sigmoid" of its logits; a
+    Experts (num_experts, 0: none): `moe_layers` is a pattern repeated over the layers: where experts, gated and moe_intermediate_size wide,
+    take the place of the mlp; the first dense_layers have none. The router scores them by a "softmax" or "sigmoid" of its logits; a
     token goes to the experts_per_token best, whose scores are its weights, divided by their sum where norm_topk says so, then times
-    routed_scale. Of router_groups, only experts of those router_groups_used are chosen whose two best score most together (DeepSeek-V3,
-    arXiv 2412.19437). router_bias: "" none, "logits" added to them, "choice" to the scores, for the choice alone.
-    expert_bias: both products of an expert have biases. activation "clamped" is of experts alone: gate * sigmoid(1.702 * gate) *
-    (up + 1), gate at most 7, up from -7 to 7 (gpt-oss). shared_intermediate_size (0: none): width of an mlp
-    that sees every token beside them; shared_gate: what it gives is multiplied by the sigmoid of a product of the token.
+    routed_scale. scale_inputs: they multiply what goes into the experts, and not what comes out. Of router_groups, only experts of
+    those router_groups_used are chosen whose two best score most together (DeepSeek-V3, arXiv 2412.19437). router_bias: "" none,
+    "logits" added to them, "choice" to the scores, for the choice alone. expert_bias: both products of an expert have biases.
+    activation "clamped" is of experts alone: gate * sigmoid(1.702 * gate) * (up + 1), gate at most 7, up from -7 to 7 (gpt-oss).
+    shared_intermediate_size (0: none): width of an mlp that sees every token beside them; shared_gate: what it gives is multiplied by
+    the sigmoid of a product of the token.
     sink_tokens, sink_window: set by EngineConfig.kv_policy alone: layers of the window sink_window also see the first sink_tokens."""
 
     name: str
@@ -117,6 +120,7 @@ class ModelConfig:
     head_dim: int
     max_position: int
     windows: tuple[int, ...] = (0,)
+    chunked: bool = False
     ropes: tuple[Rope, ...] = (Rope(),)
     rope_layers: tuple[int, ...] = (0,)
     learned_positions: bool = False
@@ -149,10 +153,13 @@ class ModelConfig:
     router_groups: int = 1
     router_groups_used: int = 1
     norm_topk: bool = False
+    scale_inputs: bool = False
     routed_scale: float = 1.0
     expert_bias: bool = False
     shared_intermediate_size: int = 0
     shared_gate: bool = False
+    query_floor: int = 0
+    query_scale: float = 0.0
     attn_scale: float | None = None
     attn_softcap: float | None = None
     logit_softcap: float | None = None
@@ -178,11 +185,13 @@ class ModelConfig:
             raise refuse("rope_layers", self.rope_layers, f"must be integers from -1 (none) to {len(self.ropes) - 1}")
         if 1 != len(self.windows) != len(self.rope_layers) != 1:
             raise refuse("rope_layers", self.rope_layers, f"must have one entry or as many as windows ({len(self.windows)})")
+        require_integer("query_floor", self.query_floor, 0, LIMITS["max_position"])
         self._check_experts()
-        if self.period > self.num_layers - self.dense_layers:
+        longest = max(len(self.windows), len(self.rope_layers), len(self.moe_layers) if self.num_experts else 1)
+        if longest > self.num_layers - self.dense_layers:
             named = "windows, rope_layers and moe_layers" if self.num_experts else "windows and rope_layers"
             least = f" - dense_layers={self.dense_layers}" if self.dense_layers else ""
-            raise refuse(named, self.period, f"must not be longer than num_layers={self.num_layers}{least}")
+            raise refuse(named, longest, f"must not be longer than num_layers={self.num_layers}{least}")
         self._check_latent()
         for rope in self.ropes:
             pairs = (rope.dim or self.head_dim) // 2
@@ -191,7 +200,7 @@ class ModelConfig:
             if rope.kind == "longrope" and not len(rope.short_factors) == len(rope.long_factors) == pairs:
                 raise refuse("rope factors", len(rope.long_factors), f"longrope needs one short and one long factor a pair ({pairs})")
         _one_of("norm", self.norm, ("rms", "layer"))
-        _one_of("qk_norm", self.qk_norm, ("", "head", "heads", "full"))
+        _one_of("qk_norm", self.qk_norm, ("", "head", "heads", "full", "unit"))
         _one_of("activation", self.activation, ACTIVATIONS)
         if not (self.pre_norm or self.post_norm):
             raise refuse("pre_norm", False, "a block needs pre_norm or post_norm")
@@ -258,8 +267,10 @@ class ModelConfig:
 
     @property
     def period(self) -> int:
-        """Length of the pattern of layers: layer i is of the kind of layer i % period."""
-        return math.lcm(max(len(self.windows), len(self.rope_layers)), len(self.moe_layers) if self.num_experts else 1)
+        """Length of the pattern of layers: layer i is of the kind of layer i % period. Patterns that repeat together after the last layer
+        only are one pattern of all layers."""
+        together = math.lcm(max(len(self.windows), len(self.rope_layers)), len(self.moe_layers) if self.num_experts else 1)
+        return min(together, self.num_layers - self.dense_layers)
 
     def has_experts(self, layer: int) -> bool:
         return self.num_experts > 0 and self.moe_layers[layer % len(self.moe_layers)] and layer >= self.dense_layers
@@ -303,7 +314,7 @@ class ModelConfig:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         norm = d * (2 if self.norm_bias else 1)
         norms = self.pre_norm * (1 if self.shared_norm else 2) + 2 * self.post_norm
-        qk_norm = {"": 0, "head": 2 * self.head_dim, "heads": q + kv, "full": q + kv}[self.qk_norm]
+        qk_norm = {"": 0, "unit": 0, "head": 2 * self.head_dim, "heads": q + kv, "full": q + kv}[self.qk_norm]
         up = f * (2 if self.gated else 1)
         biases = self.qkv_bias * (q + 2 * kv) + self.o_bias * d + self.sink_logits * self.num_heads
         attention = d * (2 * q + 2 * kv) + qk_norm + biases
@@ -410,6 +421,8 @@ def evicting(c: ModelConfig, text: str | None) -> ModelConfig:
     if policy is None:
         return c
     sinks, window = policy
+    if c.chunked:
+        raise refuse("kv_policy", text, f"{c.name} attends by chunks: their size bounds the cache of most layers")
     if 0 not in c.windows:
         raise refuse("kv_policy", text, f"{c.name} has no layer that sees all positions: its own windows bound the cache")
     if window in c.windows:

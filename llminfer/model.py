@@ -13,7 +13,7 @@ from llminfer import latent, moe
 from llminfer.batch import Batch
 from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
-from llminfer.layers import norm, qk_norm, rope_tables, rotate, softcap
+from llminfer.layers import norm, qk_norm, query_temperature, rope_tables, rotate, softcap, unit_norm
 from llminfer.linear import Norm, add, entered, head_product, linear
 from llminfer.params import Layer, Params
 from llminfer.quant import QTensor, Stacked
@@ -101,11 +101,11 @@ def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], la
 def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, target: Target, q_max: int, kind: tuple[int, int]):
     """One decoder layer on x [T, D]; `index` is the layer's place in kv; kind: its page group, and which of ropes it uses (-1:
     none). An inner jit: equal layers trace once."""
-    group, rope = kind
+    rope = kind[1]
     with jax.named_scope("attention"):
         turns = [functools.partial(rotate, rope=table) for table in (ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None))]
         x, *read = entered(x, _attn_norm(w, c), c, target)
-        attended, kv = _attention(w, (x, *read), kv, index, turns, batch, c, target, q_max, group)
+        attended, kv = _attention(w, (x, *read), kv, index, turns, batch, c, target, q_max, kind)
     if not c.parallel:
         x = add(x, norm(attended, w.attn_post_norm, None, c), c) if c.post_norm else attended
     with jax.named_scope("mlp"):
@@ -155,15 +155,22 @@ def owned(batch: Batch) -> jax.Array:
     return ((row >= batch.q_start) & (row < batch.q_start + batch.q_len)).any(1)
 
 
-def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, target: Target, q_max: int, group: int):
+def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, target: Target, q_max: int, kind: tuple[int, int]):
     """Attention with its projections, the norm before them, and the addition of the stream where that is all that follows; ([T, D], kv).
     entry: what `entered` gave. turns: the rotation, and that of queries for the sinks."""
     x, y, before = entry
+    group, rope = kind
     project = latent.project if c.kv_rank else _project
     q, k, v, sinks = project(w, y, before, turns if c.sinks[group] else turns[:1], c, target)
+    if c.qk_norm == "unit" and rope >= 0:
+        q, k = unit_norm(q, c), unit_norm(k, c)
+    if c.query_floor and rope < 0:
+        q = (q * query_temperature(batch.positions, c)).astype(q.dtype)
     scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
     asked = dict(scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, debug=target.debug, chip=target.chip)
-    asked |= dict(value_dim=c.kv_rank or None)
+    # In a context of one chunk no token sees another chunk: it is a window, which kernels have.
+    page_size = jax.tree.leaves(kv)[0].shape[3]
+    asked |= dict(value_dim=c.kv_rank or None, chunked=c.chunked and 0 < c.groups[group] < batch.tables[group].shape[1] * page_size)
     attend = functools.partial(paged_attention, **asked, impl=target.kernels)
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
         attend = _by_heads(attend, c, target.mesh)

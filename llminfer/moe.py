@@ -81,7 +81,10 @@ def _own_experts(x, weights, chosen, held: list[Any], layer, first, *, c: ModelC
     number = jnp.where((number >= 0) & (number < own), number, own)
     sizes = jnp.sum(number[:, None] == jnp.arange(own), axis=0, dtype=jnp.int32)
     order = jnp.argsort(number, stable=True)  # rows of others come last, and belong to no group
-    y = _product(x[order // each], gate_up, gate_up_bias, sizes, layer, ACTIVATIONS[c.activation], target)
+    sorted_x = x[order // each]
+    if c.scale_inputs:
+        sorted_x, weights = sorted_x * weights.reshape(-1)[order][:, None].astype(x.dtype), jnp.ones_like(weights)
+    y = _product(sorted_x, gate_up, gate_up_bias, sizes, layer, ACTIVATIONS[c.activation], target)
     y = _product(y, down, down_bias, sizes, layer, None, target)
     back = y[jnp.argsort(order)].reshape(*chosen.shape, -1)
     return jnp.einsum("tke,tk->te", back.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST).astype(x.dtype)

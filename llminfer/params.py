@@ -113,7 +113,7 @@ def layer_specs(c: ModelConfig, number: int) -> Layer:
         specs[name] = norm(d, "embed")
     if c.norm_bias:
         specs |= {f"{name}_bias": zeros(d, "embed") for name in before}
-    if c.qk_norm:
+    if c.qk_norm not in ("", "unit"):
         alone = c.qk_norm == "head"
         specs["q_norm"] = norm(h, "head") if alone else norm(k * g * h, "kv_heads")
         specs["k_norm"] = norm(h, "head") if alone else norm(k * h, "kv_heads")

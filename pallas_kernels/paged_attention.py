@@ -15,6 +15,7 @@ What may be asked for beside that:
     tree int32 [T, W]  the new tokens of a sequence are the nodes of a tree (drafts to be verified): bit j of the words of a row says
                        whether it sees the j-th new token of its sequence. A row sees itself and its ancestors, which lie before it, and its
                        position is its depth behind the context; a window must be longer than the tree is deep
+    chunked            a token sees the positions of its own chunk of `window` positions, up to itself, and none of other chunks (Llama 4)
     value_dim          rows of the cache are keys alone, in lanes 0..D-1, and values are the first value_dim of these (a latent: arXiv
                        2405.04434); v is None, out [T, Hq, value_dim]
     kv_scale float32 [L, P, 2 * Hkv]   a cache of int8 or float8_e4m3fn with scales by page and head (kv_scales.py)
@@ -28,7 +29,7 @@ transfer of whole tiles of lanes, its first four the values, and all query heads
 `impl` chooses the body: "reference" (plain jnp, below: the contract and what a CPU runs), "batched" (the same with all
 decoding sequences at once), "pallas" (the TPU kernel of paged_attention_tpu.py), "interpret" (that kernel, interpreted on a CPU),
 "triton" (the GPU kernels of paged_attention_gpu.py) and "triton-interpret". What neither kernel has yet goes to the reference, whatever
-`impl` says (on a TPU or GPU as "batched"): value_dim.
+`impl` says (on a TPU or GPU as "batched"): value_dim, chunked.
 """
 
 from __future__ import annotations
@@ -72,39 +73,39 @@ def paged_attention(
     kv_scale=None,
     kv_splits=1,
     value_dim=None,
+    chunked=False,
     with_lse=False,
     debug=False,
     chip=None,
     blocks=None,
     impl="reference",
 ):
-    """Writes k and v into kv and attends. Returns (out [T, Hq, D] of q's dtype, kv), then kv_scale if it was given, then the sums if
-    with_lse; rows of T that belong to no sequence come back as zeros.
-    q_max: static bound of q_len (1: pure decode). softcap: scores become softcap * tanh(scores / softcap). sinks: static.
+    """Writes k and v into kv and attends. Returns (out [T, Hq, D] of q's dtype, zeros in rows of no sequence, kv), then kv_scale if it was
+    given, then the sums if with_lse. q_max: static bound of q_len (1: pure decode). softcap: scores become softcap * tanh(score / softcap).
     kv_splits: static, parts in which the TPU kernel looks at a context in decode. debug: a sequence with a page id, length or window that
     cannot be is not touched, its rows are NaN. chip, blocks: of a TPU, by which tuned.toml is asked, or block sizes. Raises ValueError."""
     check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max, value_dim)
-    impl = impl if value_dim is None else FALLBACK.get(impl, impl)
+    impl = FALLBACK.get(impl, impl) if chunked or value_dim is not None else impl
     check_options(q, kv, window, sinks, q_sinks, sink_logits, tree, kv_scale, kv_splits)
     sound, asked = _sound(q.shape[0], kv, layer, page_table, q_start, q_len, kv_len, window) if debug else None, q_len
     q_len = q_len if sound is None else jnp.where(sound, q_len, 0)
     args: dict[str, Any] = dict(layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len, window=window)
     args |= dict(scale=scale, softcap=softcap, q_max=q_max, sinks=sinks, q_sinks=q_sinks, sink_logits=sink_logits, tree=tree)
-    args |= dict(kv_scale=kv_scale)
     if impl in ("reference", "batched"):
-        out, kv, kv_scale, lse = paged_attention_reference(q, k, v, kv, **args, value_dim=value_dim, batched=impl == "batched")
+        args |= dict(kv_scale=kv_scale, value_dim=value_dim, chunked=chunked, batched=impl == "batched")
+        out, kv, kv_scale, lse = paged_attention_reference(q, k, v, kv, **args)
     elif impl in ("pallas", "interpret"):
         from jax.experimental.pallas import tpu as pltpu
 
         from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 
         mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
-        args |= dict(kv_splits=kv_splits, with_lse=with_lse, chip=chip, blocks=blocks)
+        args |= dict(kv_scale=kv_scale, kv_splits=kv_splits, with_lse=with_lse, chip=chip, blocks=blocks)
         out, kv, kv_scale, lse = paged_attention_tpu(q, k, v, kv, **args, interpret=mode)
     elif impl in ("triton", "triton-interpret"):
         from pallas_kernels.paged_attention_gpu import paged_attention_gpu
 
-        out, kv, kv_scale, lse = paged_attention_gpu(q, k, v, kv, **args, interpret=impl != "triton")
+        out, kv, kv_scale, lse = paged_attention_gpu(q, k, v, kv, **args, kv_scale=kv_scale, interpret=impl != "triton")
     else:
         raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret, triton, triton-interpret")
     out = out if sound is None else _spoil(out, sound, q_start, asked)
@@ -197,6 +198,7 @@ def paged_attention_reference(
     tree=None,
     kv_scale=None,
     value_dim=None,
+    chunked=False,
     batched=False,
 ):
     """The contract in plain jnp: see the module. Work grows with the live context (batched: with the longest), not with
@@ -211,7 +213,7 @@ def paged_attention_reference(
     look = functools.partial(_look, kv=kv, kv_scale=kv_scale, layer=layer, window=window, scale=scale, softcap=softcap, sinks=sinks)
     dim = q.shape[2]
     of_value = slice(dim, 2 * dim) if value_dim is None else slice(0, value_dim)
-    look = functools.partial(look, sink_logits=sink_logits, of_value=of_value)
+    look = functools.partial(look, sink_logits=sink_logits, of_value=of_value, chunked=chunked)
     qs = q[:, None] if q_sinks is None else jnp.stack([q, q_sinks], axis=1)  # [T, 1 or 2, Hq, D]
     empty = (jnp.zeros((*q.shape[:2], value_dim or dim), q.dtype), jnp.full(q.shape[:2], -jnp.inf))
     found = _one_each(qs, empty, page_table, q_start, jnp.where(q_len == 1, kv_len, 0), look, batched)
@@ -268,7 +270,7 @@ def _in_blocks(qs, found, page_table, q_start, q_len, kv_len, tree, look):
     return tuple(x[: qs.shape[0]] for x in lax.while_loop(lambda c: c[0] < ends[-1], step, (0, found))[1])
 
 
-def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks, sink_logits, of_value, block, nodes=None):
+def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks, sink_logits, of_value, chunked, block, nodes=None):
     """Attention of qs [R, C, 1 or 2, Hq, D] (q, and q_sinks where there are sinks) at positions pos [R, C] (-1: nothing to see) over
     the pages of table [R, n]. nodes: None, or (length of the context [R], words [R, C, W]) where rows are a tree. Returns float32
     [R, C, Hq, D] and the sums' logarithms [R, C, Hq]. of_value: which lanes of a row are its value. A loop over blocks of
@@ -290,7 +292,7 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
     depth = pos if nodes is None else jnp.where(pos >= 0, nodes[0][:, None] + tree_depth(nodes[1]), -1)
     nodes = nodes and (nodes[0].reshape(rows, 1, 1, 1), flat(nodes[1]))
     pos, depth = flat(pos[..., None]), flat(depth[..., None])
-    low = jnp.where(window > 0, depth - window + 1, 0)
+    low = depth // window * window if chunked else jnp.where(window > 0, depth - window + 1, 0)
     first, last = jnp.maximum(jnp.min(jnp.where(pos >= 0, low, 1 << 30)), 0) // block, (jnp.max(pos) + block) // block
 
     def attend(q, ids, inside, sums):

@@ -60,7 +60,7 @@ def test_values_are_the_first_part_of_keys(window: int, impl: str) -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    given = {name: x for name, x in batch(32).items()} | dict(window=0, q_max=13)
+    given = batch(32) | dict(window=0, q_max=13)
     with pytest.raises(ValueError, match="value_dim=25: must be from 1 to 24"):
         paged_attention(**given, v=None, value_dim=25)
     with pytest.raises(ValueError, match="kv lanes 16: must be head_dim=24"):

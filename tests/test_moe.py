@@ -186,6 +186,20 @@ def test_configs_are_written_and_read_back() -> None:
         assert data["architectures"] == [architecture] and from_hf(data, name) == from_toml(name)
     data = to_hf(from_toml("gpt_oss_20b"), "bfloat16")
     assert from_hf(data | {"eos_token_id": [200002, 199999, 200012]}, "gpt_oss_20b") == from_toml("gpt_oss_20b")
+    scout = from_toml("llama4_scout")
+    assert from_hf(to_hf(scout, "bfloat16"), scout.name) == scout
+    # As published: the text model inside another, with the name of its chunks.
+    text = {"attention_chunk_size": 8192, "attn_scale": 0.1, "attn_temperature_tuning": 4, "floor_scale": 8192, "hidden_size": 5120}
+    text |= {"intermediate_size": 8192, "intermediate_size_mlp": 16384, "interleave_moe_layer_step": 1, "max_position_embeddings": 10485760}
+    text |= {"num_attention_heads": 40, "num_hidden_layers": 48, "no_rope_layers": [], "vocab_size": 202048, "rope_theta": 500000.0}
+    text |= {
+        "rope_scaling": {"factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "rope_type": "llama3"},
+        "bos_token_id": 200000,
+    }
+    text["rope_scaling"] |= {"original_max_position_embeddings": 8192}
+    text |= {"eos_token_id": [200001, 200007, 200008], "moe_layers": list(range(48)), "use_qk_norm": True}
+    whole = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": text, "vision_config": {"hidden_size": 1408}}
+    assert from_hf(whole, scout.name) == scout
     mixed = dataclasses.replace(C, moe_layers=(False, True), shared_intermediate_size=64, shared_gate=True, norm_topk=False, qkv_bias=True)
     data = to_hf(mixed, "float32")
     assert data["architectures"] == ["Qwen2MoeForCausalLM"] and data["mlp_only_layers"] == [0, 2]

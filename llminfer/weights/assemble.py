@@ -70,7 +70,7 @@ def part_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     layer |= dict.fromkeys((*before, *(("attn_post_norm", "mlp_post_norm") if c.post_norm else ())), (d,))
     if c.norm_bias:
         layer |= {f"{name}_bias": (d,) for name in before}
-    if c.qk_norm:
+    if c.qk_norm not in ("", "unit"):
         norms = {"head": ((h,), (h,)), "heads": ((heads, h), (kv_heads, h)), "full": ((q,), (kv,))}
         layer |= dict(zip(("q_norm", "k_norm"), norms[c.qk_norm], strict=True))
     biased = [*(("q_a", "kv_a") if c.kv_rank else "qkv")] if c.qkv_bias else []

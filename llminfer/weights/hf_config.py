@@ -11,8 +11,8 @@ from typing import Any
 
 from llminfer.config import LIMITS, ModelConfig, Rope
 from llminfer.errors import refuse, require_integer
-from llminfer.weights.hf_dialects import deepseek_head, gemma3_text, gpt2_inner, gpt_oss_rope, internlm_rotary
-from llminfer.weights.hf_experts import deepseek, experts
+from llminfer.weights.hf_dialects import deepseek_head, gemma3_text, gpt2_inner, gpt_oss_rope, internlm_rotary, llama4_text
+from llminfer.weights.hf_experts import deepseek, experts, llama4
 from llminfer.weights.hf_fields import Fields
 from llminfer.weights.hf_rope import FULL, SLIDING, read_ropes
 
@@ -199,12 +199,18 @@ def _cohere2(f: Fields, count: int) -> Layers:
     return [(kind, kind == SLIDING) for kind in _types(f, count, _every(f, count))]
 
 
-def _smollm3(f: Fields, count: int) -> Layers:
+def _rotary(f: Fields, count: int) -> list[int]:
     """no_rope_layers: 1 where a layer has a rotary embedding, 0 where not."""
     interval = f.integer("no_rope_layer_interval") or 1
-    rotary = f.items("no_rope_layers", count) or [int((i + 1) % interval != 0) for i in range(count)]
+    given = f.items("no_rope_layers", count) if f.value("no_rope_layers") else None
+    rotary = given or [int((i + 1) % interval != 0) for i in range(count)]
     if any(type(x) is not int or x not in (0, 1) for x in rotary):
         raise f.refuse("no_rope_layers", rotary, "must be a list of 1 (with rope) and 0 (without)")
+    return rotary
+
+
+def _smollm3(f: Fields, count: int) -> Layers:
+    rotary = _rotary(f, count)
     slides = f.flag("use_sliding_window") and f.value("sliding_window") is not None
     types = _types(f, count, [SLIDING if slides and not x else FULL for x in rotary])
     if not slides and SLIDING in types:
@@ -236,6 +242,13 @@ def _qwen2_moe(f: Fields, count: int) -> Layers:
     if not slides and SLIDING in types:
         raise f.refuse("layer_types", SLIDING, "needs use_sliding_window and sliding_window")
     return [(kind, True) for kind in types]
+
+
+def _llama4(f: Fields, count: int) -> Layers:
+    """no_rope_layers as SmolLM3's; layers with a rotary embedding attend by chunks, where their size is given."""
+    rotary = _rotary(f, count)
+    chunks = f.value("sliding_window") is not None
+    return list(zip(_types(f, count, [SLIDING if x and chunks else FULL for x in rotary]), map(bool, rotary), strict=True))
 
 
 def _no_rope(f: Fields, count: int) -> Layers:
@@ -282,6 +295,17 @@ OLMO: dict[str, Any] = dict(
     flags=ATTENTION_BIAS,
 )
 OLMO_DEFAULTS = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279}
+LLAMA4 = Family(
+    {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
+    | {"intermediate_size_mlp": 16384, "num_experts": 16, "num_experts_per_tok": 1, "sliding_window": 8192, "use_qk_norm": True}
+    | {"no_rope_layer_interval": 4, "attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1},
+    names={"num_local_experts": "num_experts", "attention_chunk_size": "sliding_window"},
+    flags=ATTENTION_BIAS,
+    ignored=("for_llm_compressor", *TRAINING),
+    layers=_llama4,
+    more=llama4,
+    prepare=llama4_text,
+)
 COHERE_DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "logit_scale": 0.0625, "tie_word_embeddings": True} | {
     "bos_token_id": 5,
     "eos_token_id": 255001,
@@ -346,6 +370,8 @@ FAMILIES: dict[str, Family] = {
         more=deepseek,
         prepare=deepseek_head,
     ),
+    "Llama4ForCausalLM": LLAMA4,
+    "Llama4ForConditionalGeneration": LLAMA4,
     "GemmaForCausalLM": Family(
         {"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192, "hidden_act": "gelu", **GEMMA_TOKENS},
         fields={"norm_offset": 1.0},

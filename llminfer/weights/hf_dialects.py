@@ -48,3 +48,12 @@ def gpt_oss_rope(data: dict[str, Any]) -> dict[str, Any]:
 def deepseek_head(data: dict[str, Any]) -> dict[str, Any]:
     """Only a part of each head is rotated: what reads the rotary embedding is told of that part."""
     return data | {"head_dim": data.get("qk_rope_head_dim") or 64}
+
+
+def llama4_text(data: dict[str, Any]) -> dict[str, Any]:
+    """The text model of a config.json that also has a vision model; layers that attend by chunks are called sliding here."""
+    data = gemma3_text(data) if "text_config" in data else data
+    types = data.get("layer_types")
+    if not isinstance(types, list):
+        return data
+    return data | {"layer_types": ["sliding_attention" if kind == "chunked_attention" else kind for kind in types]}

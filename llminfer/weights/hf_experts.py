@@ -20,12 +20,37 @@ def experts(f: Fields, fields: dict[str, Any]) -> dict[str, Any]:
         "num_experts": number if any(layers) else 0,
         "experts_per_token": f.required("num_experts_per_tok"),
         "moe_intermediate_size": f.integer("moe_intermediate_size") or fields["intermediate_size"],
-        "moe_layers": layers[: next(p for p in range(1, count + 1) if all(layers[i] == layers[i - p] for i in range(p, count)))],
+        "moe_layers": _repeated(layers),
         "norm_topk": f.flag("norm_topk_prob"),
         "shared_intermediate_size": f.integer("shared_expert_intermediate_size", 0) or 0,
     }
     found["shared_gate"] = found["shared_intermediate_size"] > 0
     return found if any(layers) else {}
+
+
+def _repeated(layers: tuple[bool, ...]) -> tuple[bool, ...]:
+    """The shortest pattern that gives these layers when it is repeated."""
+    count = len(layers)
+    return layers[: next(p for p in range(1, count + 1) if all(layers[i] == layers[i - p] for i in range(p, count)))]
+
+
+def llama4(f: Fields, fields: dict[str, Any]) -> dict[str, Any]:
+    """Experts of a width of their own in some layers, one of them for each token, whose score multiplies its input; and attention by
+    chunks, or without a rotation."""
+    step, listed, count = f.integer("interleave_moe_layer_step") or 1, f.value("moe_layers"), fields["num_layers"]
+    if listed is not None and (not isinstance(listed, list) or any(type(layer) is not int for layer in listed)):
+        raise f.refuse("moe_layers", listed, "must be a list of layer numbers")
+    layers = tuple((i + 1) % step == 0 if listed is None else i in listed for i in range(count))
+    width, floor, tuned = fields["intermediate_size"], f.required("floor_scale"), f.value("attn_temperature_tuning")
+    found = {"intermediate_size": f.required("intermediate_size_mlp"), "qk_norm": "unit" if f.flag("use_qk_norm") else ""}
+    found |= {"chunked": any(fields["windows"])}
+    if type(tuned) not in (bool, int):
+        raise f.refuse("attn_temperature_tuning", tuned, "must be true or false")
+    scale = f.number("attn_scale")
+    found |= {"query_floor": floor, "query_scale": scale} if tuned and -1 in fields["rope_layers"] else {}
+    own = {"num_experts": f.required("num_experts"), "experts_per_token": f.required("num_experts_per_tok"), "router": "sigmoid"}
+    own |= {"moe_intermediate_size": width, "shared_intermediate_size": width, "moe_layers": _repeated(layers), "scale_inputs": True}
+    return found | own if any(layers) else found
 
 
 def deepseek(f: Fields, fields: dict[str, Any]) -> dict[str, Any]:

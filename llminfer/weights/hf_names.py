@@ -19,7 +19,7 @@ from llminfer.weights.assemble import join, part_shapes, split
 # What checkpoints carry beside the weights: rotary frequencies and causal masks, which the config determines.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
 # Parts of a multimodal checkpoint that the text model does not need.
-OTHER_MODES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+OTHER_MODES = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\..*")
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,16 @@ DEEPSEEK = Names(
     interleaved=True,
     drafts=True,
 )
+LLAMA4 = Names(
+    ATTENTION
+    | NORMS
+    | {f"feed_forward.{name}_proj": (name,) for name in ("gate", "up", "down")}
+    | {f"feed_forward.shared_expert.{name}_proj": (f"shared_{name}",) for name in ("gate", "up", "down")}
+    | _modules(router="feed_forward.router"),
+    TOP,
+    whole={"feed_forward.experts.gate_up_proj": ("experts_gate", "experts_up"), "feed_forward.experts.down_proj": ("experts_down",)},
+    interleaved=True,
+)
 # Architectures whose names are not Llama's.
 OTHERS = {
     **dict.fromkeys(("Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM"), OLMO2),
@@ -147,6 +157,7 @@ OTHERS = {
     **{"StableLmForCausalLM": STABLELM, "Phi3ForCausalLM": PHI3, "Starcoder2ForCausalLM": STARCODER2, "GPT2LMHeadModel": GPT2},
     **{"GPTNeoXForCausalLM": GPT_NEOX, "InternLM2ForCausalLM": INTERNLM2, "ExaoneForCausalLM": EXAONE},
     **{"Qwen2MoeForCausalLM": QWEN_MOE, "Qwen3MoeForCausalLM": QWEN_MOE, "MixtralForCausalLM": MIXTRAL},
+    **{"Llama4ForCausalLM": LLAMA4, "Llama4ForConditionalGeneration": LLAMA4},
     **{"GptOssForCausalLM": GPT_OSS, "DeepseekV3ForCausalLM": DEEPSEEK},
 }
 

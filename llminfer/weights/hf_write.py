@@ -25,7 +25,7 @@ MODEL_TYPES = {
     **{"GPTNeoXForCausalLM": "gpt_neox", "Exaone4ForCausalLM": "exaone4"},
     **{"CohereForCausalLM": "cohere", "Cohere2ForCausalLM": "cohere2"},
     **{"MixtralForCausalLM": "mixtral", "Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3MoeForCausalLM": "qwen3_moe"},
-    **{"GptOssForCausalLM": "gpt_oss", "DeepseekV3ForCausalLM": "deepseek_v3"},
+    **{"GptOssForCausalLM": "gpt_oss", "DeepseekV3ForCausalLM": "deepseek_v3", "Llama4ForCausalLM": "llama4_text"},
 }
 # Readings of layers whose window and type are both written.
 BY_TYPE = (hf_config._alternating, hf_config._qwen, hf_config._rope_where_sliding, hf_config._smollm3, hf_config._cohere2)
@@ -143,6 +143,16 @@ def _deepseek(c: ModelConfig) -> dict[str, Any]:
     return {**sizes, **router, **shared, **counts, **widths, **scaling}
 
 
+def _llama4(c: ModelConfig) -> dict[str, Any]:
+    layers = range(c.num_layers)
+    kinds = ["chunked_attention" if c.window(i) else FULL for i in layers]
+    types = {"layer_types": kinds, "no_rope_layers": [int(c.rope(i) >= 0) for i in layers], "attention_chunk_size": max(c.windows) or None}
+    tuned = {"attn_temperature_tuning": c.query_floor > 0, "use_qk_norm": c.qk_norm == "unit"}
+    tuned |= {"floor_scale": c.query_floor, "attn_scale": c.query_scale} if c.query_floor else {}
+    widths = {"intermediate_size": c.moe_intermediate_size or c.intermediate_size, "intermediate_size_mlp": c.intermediate_size}
+    return {**_local_experts(c), **widths, **types, **tuned, "moe_layers": [i for i in layers if c.has_experts(i)]}
+
+
 def _gemma(c: ModelConfig) -> dict[str, Any]:
     scalar = c.head_dim if c.attn_scale is None else round(c.attn_scale**-2, 6)
     return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
@@ -160,4 +170,5 @@ EXTRA: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "Qwen2MoeForCausalLM": lambda c: {**_experts(c), "shared_expert_intermediate_size": c.shared_intermediate_size},
     "Qwen3MoeForCausalLM": _experts,
     "DeepseekV3ForCausalLM": _deepseek,
+    "Llama4ForCausalLM": _llama4,
 }

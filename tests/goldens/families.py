@@ -61,6 +61,11 @@ EXAONE = {
     **{"rope_theta": 5000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}, "tie_word_embeddings": True},
 }
 
+LLAMA4 = {**RMS, "num_hidden_layers": 6, "head_dim": 24, "intermediate_size": 40, "intermediate_size_mlp": 96, "num_local_experts": 5}
+LLAMA4 |= {"interleave_moe_layer_step": 2, "no_rope_layer_interval": 3, "attention_chunk_size": 20, "floor_scale": 8, "attn_scale": 0.4}
+LLAMA4_PLAIN = {"use_qk_norm": False, "attn_temperature_tuning": False}
+LLAMA4 |= {"rope_parameters": {**LLAMA3, "low_freq_factor": 1.0, "high_freq_factor": 1.0}}
+
 # Name -> (architecture, fields of its config). What transformers calls by another name is built from PEERS.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_bias_yarn": ("LlamaForCausalLM", {**RMS, "attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
@@ -204,6 +209,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 12, "v_head_dim": 8}
         | {"attention_bias": True, "routed_scaling_factor": 1.5, "rope_parameters": default_rope(900.0), "num_nextn_predict_layers": 0},
     ),
+    "llama4": ("Llama4ForCausalLM", LLAMA4),
+    "llama4_vision": (
+        "Llama4ForConditionalGeneration",
+        {"text_config": {**LLAMA4, "num_hidden_layers": 4, "no_rope_layer_interval": 2, "moe_layers": [1, 2], **LLAMA4_PLAIN}}
+        | {"vision_config": {**VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}}
+        | {"image_token_index": 127, "boi_token_index": 126, "eoi_token_index": 125},
+    ),
     "gpt_oss": (
         "GptOssForCausalLM",
         {**RMS, "head_dim": 24, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": WINDOW}
@@ -270,7 +282,9 @@ def to_v4(config: dict[str, Any], architecture: str = "") -> dict[str, Any]:
     architecture = architecture or config["architectures"][0]
     old = dict(config)
     if "text_config" in config:
-        return old | {"text_config": to_v4(config["text_config"], "Gemma3ForCausalLM")}
+        text = to_v4(config["text_config"], architecture.replace("ConditionalGeneration", "CausalLM"))
+        vision = {name: value for name, value in config["vision_config"].items() if name != "rope_parameters"}
+        return old | {"text_config": text, "vision_config": vision}
     if "dtype" in old:
         old["torch_dtype"] = old.pop("dtype")
     if architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Cohere2ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):

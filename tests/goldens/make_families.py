@@ -127,6 +127,8 @@ def load(model_class: Any, folder: Path, tensors: Tensors) -> transformers.PreTr
 @torch.inference_mode()
 def logits_of(model: transformers.PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     """float32 [len, vocab]: the logits at every position of `ids`, computed without a cache."""
+    if type(model).__name__ == "Llama4ForConditionalGeneration":
+        model = model.language_model  # its own forward asks for images (transformers 5.24)
     return model(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0].float().numpy()
 
 
