@@ -65,6 +65,7 @@ class Engine:
         if self.context > c.max_position and not c.sink_window:
             raise refuse("context", self.context, f"{c.name} was made for at most {c.max_position} positions")
         placement.check_mesh(c, target)
+        placement.check_cache(c, settings)
         totals = placement.pool_sizes(c, settings, self.context, target)
         self.pages = Pages(c.groups, totals, settings.page_size, prefix_cache=settings.prefix_cache, sinks=c.sinks)
         self.scheduler = Scheduler(self.pages, slots=settings.slots, chunk=settings.chunk, decode_steps=settings.decode_steps)

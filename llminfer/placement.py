@@ -16,7 +16,7 @@ from jax.experimental.layout import Format, Layout
 
 from llminfer import cache, params
 from llminfer.config import EngineConfig, ModelConfig
-from llminfer.errors import UserError, as_user_error
+from llminfer.errors import UserError, as_user_error, refuse
 from llminfer.pages import Pages
 from llminfer.quant import QTensor, Turned, dequantize, maker
 from llminfer.target import Target, devices
@@ -26,10 +26,17 @@ from sharding.rules import check_divides, sharding, ways
 
 def check_mesh(c: ModelConfig, target: Target) -> None:
     """Raises UserError for a mesh that does not divide the model, naming the sizes that would."""
-    sizes = {"kv_heads": c.num_kv_heads, "vocab": c.vocab_size, "experts": c.num_experts}
+    heads = {"heads": c.num_heads} if c.kv_rank else {"kv_heads": c.num_kv_heads}
+    sizes = {**heads, "vocab": c.vocab_size, "experts": c.num_experts}
     dense = not all(c.has_experts(layer) for layer in range(c.num_layers))
     sizes["mlp"] = math.gcd(c.intermediate_size * dense, c.shared_intermediate_size)
     as_user_error(check_divides, target.mesh, {axis: size for axis, size in sizes.items() if size})
+
+
+def check_cache(c: ModelConfig, settings: EngineConfig) -> None:
+    """Raises UserError for a kv_dtype that this model's rows cannot have."""
+    if c.kv_rank and settings.kv_dtype in ("int8", "float8_e4m3fn"):
+        raise refuse("kv_dtype", settings.kv_dtype, f"{c.name} caches latents, which have no scales; legal: null, float32, bfloat16")
 
 
 def first_device(target: Target) -> Any:
@@ -78,15 +85,18 @@ def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) ->
 
 def _maker(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
     """What makes of a weight what the target multiplies with, None for one that stays as it is."""
-    kind = settings.quantize
-    if "vocab" in spec.axes:  # tokens are not rounded for the head
+    kind, axes = settings.quantize, set(spec.axes)
+    if "vocab" in axes:  # tokens are not rounded for the head
         kind = {"w8a8": "int8", "w8a8_fp8": "fp8"}.get(kind or "", kind)
+    if kind == "mxfp4_experts":
+        kind = "mxfp4" if {"experts", "vocab"} & axes else None
     return maker(kind, spec.axes, ways(target.mesh, spec.axes[-2]), target) if spec.matrix else None
 
 
 def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, totals: tuple[int, ...]) -> cache.KVCache:
     """ShapeDtypeStructs, with shardings, of a cache of totals[g] pages in each group."""
-    where = lambda s: sharding(target.mesh, (None, None, "kv_heads", None, None)[: s.ndim], first_device(target))
+    heads = None if c.kv_rank else "kv_heads"  # a latent is on every device
+    where = lambda s: sharding(target.mesh, (None, None, heads, None, None)[: s.ndim], first_device(target))
     dtype = jnp.dtype(settings.kv_dtype or target.dtype)
     shapes = cache.abstract(c, totals, settings.page_size, dtype, stacked=target.stacked, platform=target.platform)
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where(s)), shapes)
@@ -161,7 +171,7 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
     write_one = lambda whole, x, i: jax.lax.dynamic_update_index_in_dim(whole, x, i, 0)
     write = jax.jit(lambda whole, x, i: jax.tree.map(functools.partial(write_one, i=i), whole, x), donate_argnums=0)
     stacked = tuple({name: zeros(leaf) for name, leaf in vars(layer).items() if leaf is not None} for layer in wanted.stacked)
-    under_scan = c.num_layers - len(wanted.listed)
+    under_scan = c.scanned if wanted.stacked else range(0)
     listed: dict[str, Any] = {}
     for name, array in found:
         spec = spec_of[name]
@@ -178,15 +188,16 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
             x = head if name == "lm_head" else x
         del array
         number, leaf = layer_of(name)
-        if number is not None and number < under_scan:
-            layer = stacked[number % c.period]
-            layer[leaf] = x = write(layer[leaf], x, jnp.int32(number // c.period))
+        if number is not None and number in under_scan:
+            repeat, place = divmod(number - under_scan.start, c.period)
+            layer = stacked[place]
+            layer[leaf] = x = write(layer[leaf], x, jnp.int32(repeat))
         else:
             listed[name] = x
         jax.block_until_ready(x)  # what is under way holds memory
         del x  # before the next one is read
-    placed = params_of(listed, c, first=under_scan)
-    placed = replace(placed, stacked=tuple(params.Layer(**fields) for fields in stacked))
+    placed = params_of(listed, c, without=under_scan)
+    placed = replace(placed, stacked=tuple(params.Layer(**fields) for fields in stacked), leading=wanted.leading)
     return jax.tree.map(lambda x, s: jax.device_put(x, place_of(s)), placed, wanted)
 
 

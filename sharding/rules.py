@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 # Logical axis -> mesh axis. An axis that is not named here is replicated.
-RULES = {"kv_heads": "tp", "mlp": "tp", "vocab": "tp", "experts": "tp"}
+RULES = {"kv_heads": "tp", "heads": "tp", "mlp": "tp", "vocab": "tp", "experts": "tp"}
 
 
 def partition(axes: tuple[str | None, ...]) -> PartitionSpec:

@@ -16,7 +16,7 @@ from llminfer import LLM, SamplingParams
 from llminfer.config import ModelConfig, from_toml
 from llminfer.errors import UserError
 from llminfer.moe import experts, route
-from llminfer.params import layer_specs, param_specs, stacked_specs
+from llminfer.params import Layer, layer_specs, param_specs, stacked_specs
 from llminfer.quant import Stacked, dequantize, maker, quantize_int4, quantize_int8
 from llminfer.target import Target
 from llminfer.weights.hf_config import from_hf
@@ -47,6 +47,10 @@ def expected(x, live, router, gate_up, down, c: ModelConfig) -> np.ndarray:
     return out
 
 
+def layer(router: Any, gate_up: Any, down: Any) -> Layer:
+    return Layer(qkv=None, o=None, router=router, experts_gate_up=gate_up, experts_down=down)
+
+
 @functools.cache
 def compiled(c: ModelConfig, target: Target) -> Any:
     return jax.jit(functools.partial(experts, c=c, target=target))
@@ -54,7 +58,7 @@ def compiled(c: ModelConfig, target: Target) -> Any:
 
 def check(c: ModelConfig, target: Target, x, live, router, gate_up, down, *, stacked: bool = False, bound: float = 1e-5) -> None:
     whole = lambda w: Stacked(jnp.stack([jnp.full_like(w, jnp.nan), w]), jnp.int32(1)) if stacked else w
-    y = compiled(c, target)(x, live, router, whole(jnp.asarray(gate_up)), whole(jnp.asarray(down)))
+    y = compiled(c, target)(x, live, layer(router, whole(jnp.asarray(gate_up)), whole(jnp.asarray(down))))
     wanted = expected(x, live, router, gate_up, down, c)
     np.testing.assert_allclose(y, wanted, atol=bound * max(np.abs(wanted).max(), 1e-3), rtol=0)
     assert not np.asarray(y)[~live].any()
@@ -72,11 +76,35 @@ def test_no_token_is_dropped_in_random_and_skewed_batches() -> None:
         check(C, CPU, x, live, router, gate_up, down, stacked=batch >= 27)
 
 
+def test_no_token_is_dropped_in_1000_random_batches() -> None:
+    """Against all experts' products of all tokens, weighted, for batches from even to all tokens at the same experts."""
+    c = dataclasses.replace(C, hidden_size=16, num_experts=6, experts_per_token=2, moe_intermediate_size=8, expert_bias=True)
+    rng = np.random.default_rng(7)
+    draw = lambda shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+    w = layer(draw((16, 6)), draw((6, 16, 16)), draw((6, 8, 16)))
+    w = dataclasses.replace(w, experts_gate_up_bias=draw((6, 16)), experts_down_bias=draw((6, 16)))
+
+    def worst(key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, 4)
+        skew = jax.random.choice(keys[0], jnp.asarray([0.0, 2.0, 30.0])) * jax.random.normal(keys[1], (6,))
+        x, live = jax.random.normal(keys[2], (24, 16)), jax.random.bernoulli(keys[3], 0.8, (24,))
+        own = dataclasses.replace(w, router_bias=skew)
+        share, chosen = route(x, w.router, skew, c)
+        gate, up = jnp.split(jnp.einsum("td,edm->etm", x, w.experts_gate_up) + w.experts_gate_up_bias[:, None], 2, axis=-1)
+        each = jnp.einsum("etm,emd->etd", jax.nn.silu(gate) * up, w.experts_down) + w.experts_down_bias[:, None]
+        dense = jnp.einsum("tke,tk,etd->td", jax.nn.one_hot(chosen, 6), share, each)
+        return jnp.abs(experts(x, live, own, c, CPU) - jnp.where(live[:, None], dense, 0)).max()
+
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(lambda keys: jax.lax.map(worst, keys))(jax.random.split(jax.random.key(8), 1000))
+    assert found.shape == (1000,) and np.asarray(found).max() < 1e-4
+
+
 def test_weights_that_are_not_divided_by_their_sum() -> None:
     c = dataclasses.replace(C, norm_topk=False, experts_per_token=3)
     x = np.random.default_rng(2).standard_normal((9, C.hidden_size), np.float32)
     check(c, CPU, x, np.ones(9, bool), *weights(2))
-    share, _ = route(x, weights(2)[0], c)
+    share, _ = route(x, weights(2)[0], None, c)
     assert (np.asarray(share).sum(1) < 0.99).all()
 
 
@@ -94,7 +122,7 @@ def test_quantized_experts(quantize: Any, kernels: str) -> None:
     router, *matrices = weights(4)
     x = np.random.default_rng(5).standard_normal((11, C.hidden_size), np.float32)
     made = [quantize(jnp.asarray(w)) for w in matrices]
-    y = compiled(C, dataclasses.replace(CPU, kernels=kernels, chip="v6e"))(x, np.ones(11, bool), router, *made)
+    y = compiled(C, dataclasses.replace(CPU, kernels=kernels, chip="v6e"))(x, np.ones(11, bool), layer(router, *made))
     wanted = expected(x, np.ones(11, bool), router, *(dequantize(w) for w in made), C)
     np.testing.assert_allclose(y, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
 
@@ -110,7 +138,7 @@ def test_a_gpu_has_its_4_bit_experts_turned(kind: str) -> None:
     for dtype, bound in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
         x = jnp.asarray(rng.standard_normal((5, 256)), dtype)
         wanted = expected(np.asarray(x, np.float32), np.ones(5, bool), router, *(dequantize(m) for m in made), c)
-        y = compiled(c, target)(x, np.ones(5, bool), router, *made)
+        y = compiled(c, target)(x, np.ones(5, bool), layer(router, *made))
         np.testing.assert_allclose(np.asarray(y, np.float32), wanted, atol=bound * np.abs(wanted).max(), rtol=0)
 
 
@@ -143,8 +171,14 @@ def test_layers_follow_the_pattern() -> None:
     [
         ({"experts_per_token": 9}, "experts_per_token=9: must be an integer from 1 to 8"),
         ({"num_experts": 0}, "experts_per_token=2: must be 0 without num_experts"),
-        ({"activation": "gelu"}, "activation='gelu': experts must be gated, by silu or gelu_tanh"),
-        ({"router": "sigmoid"}, "router='sigmoid': legal: softmax"),
+        ({"activation": "gelu"}, "activation='gelu': experts must be gated, by silu, gelu_tanh or clamped"),
+        ({"activation": "clamped", "moe_layers": (True, False)}, "activation='clamped': is of experts alone: no layer may have an mlp"),
+        ({"router_bias": "after"}, "router_bias='after': legal: , logits"),
+        ({"router": "top"}, "router='top': legal: softmax, sigmoid"),
+        ({"router_groups": 3}, "router_groups=3: must cut num_experts=8 into equal groups"),
+        ({"router_groups": 4, "experts_per_token": 3}, "experts_per_token=3: must be at most the 2 experts of router_groups_used"),
+        ({"kv_rank": 32}, "rope_head_dim=0: must be an integer from 1 to 31"),
+        ({"dense_layers": 4}, "dense_layers=4: must be an integer from 0 to 3"),
         ({"moe_layers": ()}, "moe_layers="),
     ],
 )
@@ -165,6 +199,22 @@ def test_configs_are_written_and_read_back() -> None:
     for name, architecture in (("qwen3_30b_a3b", "Qwen3MoeForCausalLM"), ("mixtral_8x7b", "MixtralForCausalLM")):
         data = to_hf(from_toml(name), "bfloat16")
         assert data["architectures"] == [architecture] and from_hf(data, name) == from_toml(name)
+    data = to_hf(from_toml("gpt_oss_20b"), "bfloat16")
+    assert from_hf(data | {"eos_token_id": [200002, 199999, 200012]}, "gpt_oss_20b") == from_toml("gpt_oss_20b")
+    scout = from_toml("llama4_scout")
+    assert from_hf(to_hf(scout, "bfloat16"), scout.name) == scout
+    # As published: the text model inside another, with the name of its chunks.
+    text = {"attention_chunk_size": 8192, "attn_scale": 0.1, "attn_temperature_tuning": 4, "floor_scale": 8192, "hidden_size": 5120}
+    text |= {"intermediate_size": 8192, "intermediate_size_mlp": 16384, "interleave_moe_layer_step": 1, "max_position_embeddings": 10485760}
+    text |= {"num_attention_heads": 40, "num_hidden_layers": 48, "no_rope_layers": [], "vocab_size": 202048, "rope_theta": 500000.0}
+    text |= {
+        "rope_scaling": {"factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "rope_type": "llama3"},
+        "bos_token_id": 200000,
+    }
+    text["rope_scaling"] |= {"original_max_position_embeddings": 8192}
+    text |= {"eos_token_id": [200001, 200007, 200008], "moe_layers": list(range(48)), "use_qk_norm": True}
+    whole = {"architectures": ["Llama4ForConditionalGeneration"], "text_config": text, "vision_config": {"hidden_size": 1408}}
+    assert from_hf(whole, scout.name) == scout
     mixed = dataclasses.replace(C, moe_layers=(False, True), shared_intermediate_size=64, shared_gate=True, norm_topk=False, qkv_bias=True)
     data = to_hf(mixed, "float32")
     assert data["architectures"] == ["Qwen2MoeForCausalLM"] and data["mlp_only_layers"] == [0, 2]
