@@ -73,8 +73,7 @@ def test_refuses(change: dict, message: str) -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "batched", "interpret", "triton-interpret"])
 def test_a_token_sees_its_own_chunk_up_to_itself(impl: str) -> None:
-    """One that decodes, a prompt over three chunks, the last token of a chunk and the first of the next; kernels leave all to the reference.
-    """
+    """One that decodes, a prompt over three chunks, a chunk's last token and the next one's first; kernels leave it to the reference."""
     rng, chunk, page = np.random.default_rng(3), 20, 8
     q_len, kv_len = np.array([1, 50, 1, 1], np.int32), np.array([33, 50, 40, 41], np.int32)
     start = np.cumsum([0, *q_len[:-1]], dtype=np.int32)
