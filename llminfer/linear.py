@@ -63,17 +63,11 @@ def linear(
         how: dict[str, Any] = {} if before is None else dict(norm=before[0], eps=c.norm_eps, offset=float(c.norm_offset))
         return gpu.matvec_gpu(x, w.w, **how, gate=gate, residual=residual, out=x.dtype, interpret=target.interpret)
     x = x if before is None else norm(x, before[0], before[1], c)
-    if (kind := _eight_bits(w, x, target)) is not None:
+    if isinstance(w, QTensor) and (kind := _eight_bits(w, x, target)) is not None:
         tokens = x if isinstance(x, Rounded) else Rounded(*round_gpu(x, kind, interpret=target.interpret))
         sums, by = eight_bit_sums(*tokens, w.q, w.scale, interpret=target.interpret)
-        if (
-            sums.ndim == 2
-            and act
-            and c.gated
-            and bias is None
-            and gate in ACTIVATIONS
-            and (kind := _eight_bits(into, x, target)) is not None
-        ):
+        gated = act and c.gated and bias is None and gate in ACTIVATIONS and sums.ndim == 2
+        if gated and (kind := _eight_bits(into, x, target)) is not None:
             return Rounded(*round_gpu(sums, kind, gate=gate, by=by, interpret=target.interpret))
         if residual is not None and bias is None and not act and _sums_later(residual, c, target):
             return Sum(residual, sums, by)

@@ -106,11 +106,10 @@ def maker(kind: str | None, axes: tuple[str, ...], ways: int, target: Target) ->
     """The function that makes of a matrix [..., in, out] of these logical axes, of which a mesh cuts the rows in so many ways, what the
     target multiplies with; None where that is the matrix itself. Of experts' matrices only those of 4 bits are turned."""
     rounded = _quantizer(kind, axes, ways, target)
-    if not target.turned or (rounded is None and "experts" in axes):
-        return rounded
-    if "experts" in axes:
-        return lambda w: _turn_experts(rounded(w), ways)
-    return (lambda w: Turned(jnp.swapaxes(w, -1, -2))) if rounded is None else lambda w: turn(rounded(w), ways)
+    if rounded is None:
+        return (lambda w: Turned(jnp.swapaxes(w, -1, -2))) if target.turned and "experts" not in axes else None
+    turned = _turn_experts if "experts" in axes else turn
+    return (lambda w: turned(rounded(w), ways)) if target.turned else rounded
 
 
 def turn(w: QTensor, ways: int = 1) -> QTensor:

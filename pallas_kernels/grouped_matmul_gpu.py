@@ -63,7 +63,7 @@ def default_turned_tiles(rows: int, experts: int, stored: int, columns: int, gro
 
 
 def grouped_matmul_gpu(
-    x, w, group_sizes, *, layer: Any = 0, scale=None, bias=None, activation=None, turned=False, tiles=None, interpret=False
+    x, w, group_sizes, *, layer: Any = 0, scale: Any = None, bias=None, activation=None, turned=False, tiles=None, interpret=False
 ):
     """As grouped_matmul, of what `fits`. tiles: None for default_tiles or default_turned_tiles. interpret: on a CPU."""
     rows, experts, columns = x.shape[0], w.shape[1], w.shape[2 if turned else 3] // (1 if activation is None else 2)

@@ -121,7 +121,8 @@ def _packed(packed, rope, spec: Spec) -> tuple[dict[str, Any], Spec]:
 
 def _written(data: dict[str, Any], spec: Spec, q_max: int) -> dict[str, Any]:
     """The cache with the new keys and values in it: of all sequences, or of those that the decode kernel does not write."""
-    k, v, kv, dim = data.get("k"), data.get("v"), data["kv"], spec.dim
+    kv, dim = data["kv"], spec.dim
+    k, v = (data["q"],) * 2 if spec.packed else (data["k"], data["v"])
     rows = dict(page_table=data["table"], q_start=data["start"], q_len=data["new"], kv_len=data["total"], layer=data["layer"][0])
     if kv.shape[4] > 2 * dim and "scales" not in data:
         return dict(kv=write_pages(jnp.concatenate([k, v], axis=-1).astype(kv.dtype), kv, **rows))
@@ -139,8 +140,7 @@ def _written(data: dict[str, Any], spec: Spec, q_max: int) -> dict[str, Any]:
         if kv.shape[4] > 2 * dim:
             return found | dict(kv=write_pages(new, kv, **rows))
         k, v = new[..., :dim], new[..., dim:]
-    new = dict(q=data["q"]) | _only(data, "cos sin") if spec.packed else dict(k=k, v=v)
-    given = _only(data, "table start new total layer") | new | dict(kv=kv)
+    given = _only(data, "table start new total layer") | (_only(data, "q cos sin") if spec.packed else dict(k=k, v=v)) | dict(kv=kv)
     given |= _tiles(data["new"], spec.tile, len(data["q"]), 2 if spec.write else 1)
     outputs = dict(cache=jax.ShapeDtypeStruct(kv.shape, kv.dtype))
     spec = replace(spec, sizes=Sizes(block=1, warps=4, stages=1))
