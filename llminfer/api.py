@@ -45,12 +45,12 @@ class LLM:
         from llminfer.engine import Engine
         from llminfer.programs import keep_compiled
         from llminfer.target import Target, chip_of, devices
-        from sharding.mesh import make_mesh
+        from sharding.mesh import make_meshes
 
         keep_compiled(cache_root(self.settings.cache_dir) / "xla")
-        mesh = as_user_error(make_mesh, self._axes, devices())
-        first, s = devices()[0], self.settings
-        self.target = Target.of(first.platform, chip=chip_of(first), layout=s.layout, dtype=s.dtype, debug=s.debug, mesh=mesh)
+        ((mesh, device),) = as_user_error(make_meshes, self._axes, devices())
+        s, how = self.settings, dict(mesh=mesh, device=device)
+        self.target = Target.of(device.platform, chip=chip_of(device), layout=s.layout, dtype=s.dtype, debug=s.debug, **how)
         self.engine = Engine(self.config, self.settings, self.target, progress)
 
     # Prompts ----------------------------------------------------------------------------------------------------

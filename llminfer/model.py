@@ -19,7 +19,6 @@ from llminfer.params import Layer, Params
 from llminfer.quant import QTensor, Stacked
 from llminfer.target import Target
 from pallas_kernels.paged_attention import paged_attention
-from sharding.rules import partition
 
 
 def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, q_max: int) -> tuple[jax.Array, KVCache]:
@@ -164,7 +163,7 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
     asked = dict(scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, debug=target.debug, chip=target.chip)
     attend = functools.partial(paged_attention, **asked, impl=target.kernels)
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
-        attend = _by_heads(attend, target.mesh)
+        attend = _by_heads(attend, target)
     rows: dict[str, Any] = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
     rows |= dict(layer=index, window=jnp.int32(c.groups[group]), **sinks)
     if isinstance(kv, ScaledPages):
@@ -175,8 +174,9 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
     return linear(y.reshape(tokens, heads * dim), w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None), kv
 
 
-def _by_heads(attend: Any, mesh: jax.sharding.Mesh) -> Any:
-    """paged_attention with heads and cache split over the mesh axis of kv heads, all else on every device."""
+def _by_heads(attend: Any, target: Target) -> Any:
+    """paged_attention with heads and cache split over the mesh axes of kv heads, all else on every device."""
+    partition = target.partition
     new, cache = partition((None, "kv_heads", None)), partition((None, None, "kv_heads", None, None))
 
     def split(q, k, v, kv, **rows):
@@ -184,7 +184,9 @@ def _by_heads(attend: Any, mesh: jax.sharding.Mesh) -> Any:
         each = {name: own.get(name, partition(())) for name in rows}
         found = (new, cache, *([own["kv_scale"]] if "kv_scale" in rows else []))
         body = lambda q, k, v, kv, rows: attend(q, k, v, kv, **rows)
-        return jax.shard_map(body, mesh=mesh, in_specs=(new, new, new, cache, each), out_specs=found, check_vma=False)(q, k, v, kv, rows)
+        return jax.shard_map(body, mesh=target.mesh, in_specs=(new, new, new, cache, each), out_specs=found, check_vma=False)(
+            q, k, v, kv, rows
+        )
 
     return split
 

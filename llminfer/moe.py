@@ -18,7 +18,6 @@ from llminfer.quant import QTensor, stack_of
 from llminfer.target import Target
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.weight_formats import LANES
-from sharding.rules import partition
 
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu"}  # of ModelConfig -> of grouped_matmul
 
@@ -33,26 +32,32 @@ def route(x: jax.Array, router: jax.Array, c: ModelConfig) -> tuple[jax.Array, j
 def experts(x: jax.Array, live: jax.Array, router: jax.Array, gate_up: Any, down: Any, c: ModelConfig, target: Target) -> jax.Array:
     """The weighted sum of what its experts make of each token, [T, D] of x's dtype; zeros where live [T] is False.
 
-    gate_up [E, D, 2 * M], down [E, M, D]: an array, a QTensor, or either Stacked. A mesh splits the experts: each device works on the
-    tokens of its own, and the sums are added up."""
+    gate_up [E, D, 2 * M], down [E, M, D]: an array, a QTensor, or either Stacked. A mesh splits the experts, and the columns of each: a
+    device works on all tokens of its own experts, and the sums are added up."""
     weights, chosen = route(x, router, c)
     chosen = jnp.where(live[:, None], chosen, c.num_experts)
     weights = jnp.where(live[:, None], weights, 0)  # what such a row holds may be no number
     (gate_up, layer), (down, _) = stack_of(gate_up), stack_of(down)
     body = functools.partial(_own_experts, c=c, target=target)
-    axis = partition(("experts",))[0]
     if target.mesh is None:
         return body(x, weights, chosen, gate_up, down, layer, jnp.int32(0))
-    every, split = partition(()), jax.tree.map(lambda leaf: partition((None, "experts", *(None,) * (leaf.ndim - 2))), (gate_up, down))
+    over = target.over("experts")
 
     def shard(x: jax.Array, weights: jax.Array, chosen: jax.Array, gate_up: Any, down: Any, layer: jax.Array) -> jax.Array:
-        first = lax.axis_index(axis) * jax.tree.leaves(gate_up)[0].shape[1]
-        return lax.psum(body(x, weights, chosen, gate_up, down, layer, first), axis)
+        first = lax.axis_index(over) * jax.tree.leaves(gate_up)[0].shape[1]
+        return lax.psum(body(x, weights, chosen, gate_up, down, layer, first), (*over, *target.over("expert_mlp")))
 
-    specs = (every, every, every, *split, every)
+    every = target.partition(())
+    specs = (every, every, every, _split(gate_up, "embed", "expert_mlp", target), _split(down, "expert_mlp", "embed", target), every)
     return jax.shard_map(shard, mesh=target.mesh, in_specs=specs, out_specs=every, check_vma=False)(
         x, weights, chosen, gate_up, down, layer
     )
+
+
+def _split(w: Any, rows: str, columns: str, target: Target) -> Any:
+    """PartitionSpecs of experts' weights [layers, E, rows, columns]. A scale of all rows is on every device that has some of them."""
+    of = lambda leaf: target.partition((None, "experts", rows if leaf.shape[2] > 1 else None, columns))
+    return jax.tree.map(of, w)
 
 
 def _own_experts(x, weights, chosen, gate_up: Any, down: Any, layer, first, *, c: ModelConfig, target: Target) -> jax.Array:
