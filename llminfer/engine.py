@@ -103,7 +103,14 @@ class Engine:
 
     def load(self, leaves: Iterable[tuple[str, Any]] | None) -> None:
         """Takes weights (named host arrays, see Checkpoint.leaves; None: random ones) and allocates the cache."""
-        self._params = placement.load_params(leaves, self._stored, self.settings, self.target)
+        self._start(placement.load_params(leaves, self._stored, self.settings, self.target))
+
+    def load_from(self, other: Engine) -> None:
+        """Takes the weights that another engine of the same model and settings has, on other devices."""
+        self._start(jax.tree.map(lambda x, s: jax.device_put(x, placement.place_of(s)), other._params, self._shapes[0]))
+
+    def _start(self, placed: Any) -> None:
+        self._params = placed
         self.weights_bytes = placement.tree_bytes(self._params)
         self._cache = kv.allocate(self._shapes[1], poison=self.settings.debug)
         self._history = placement.zeros(self._shapes[2])
@@ -148,6 +155,11 @@ class Engine:
         else:
             self._unscored.append(made)
         return made
+
+    def found(self, prompt: list[int], params: SamplingParams) -> int:
+        """How many tokens of a checked prompt are in the cache."""
+        request = Request(prompt, params, 0, 1, frozenset(), 0.0, self._regime(len(prompt)))
+        return self.pages.found(Sequence(request, 0, None))
 
     def _queue(self, sequences: list[Sequence]) -> None:
         for seq in sequences:
