@@ -80,7 +80,8 @@ def draw(
     """The next token of each row, and what the raw logits say of it.
 
     logits [R, V]; history [slots, N] int32: the tokens of each slot by position, those before s.position in place; slots [R]; target:
-    whose mesh may split the vocabulary: nowhere is it brought together, devices exchange a few numbers a row. Returns tokens [R] int32 (-1 as for `sample`) and `top_logprobs`, all zeros where no row asks for them."""
+    whose mesh may split the vocabulary: nowhere is it brought together, devices exchange a few numbers a row.
+    Returns tokens [R] int32 (-1 as for `sample`) and `top_logprobs`, all zeros where no row asks for them."""
     logits = logits.astype(jnp.float32)
 
     def adjusted() -> jax.Array:
