@@ -33,7 +33,8 @@ def experts(x: jax.Array, live: jax.Array, router: jax.Array, gate_up: Any, down
     """The weighted sum of what its experts make of each token, [T, D] of x's dtype; zeros where live [T] is False.
 
     gate_up [E, D, 2 * M], down [E, M, D]: an array, a QTensor, or either Stacked. A mesh splits the experts, and the columns of each: a
-    device works on all tokens of its own experts, and the sums are added up."""
+    device works on all tokens of its own experts, and the sums are added up; or, where `_exchanges` says so, each device has a share of
+    the tokens, sends them to where their experts are, and gets them back."""
     weights, chosen = route(x, router, c)
     chosen = jnp.where(live[:, None], chosen, c.num_experts)
     weights = jnp.where(live[:, None], weights, 0)  # what such a row holds may be no number
@@ -42,16 +43,19 @@ def experts(x: jax.Array, live: jax.Array, router: jax.Array, gate_up: Any, down
     if target.mesh is None:
         return body(x, weights, chosen, gate_up, down, layer, jnp.int32(0))
     over = target.over("experts")
+    every = rows = target.partition(())
+    exchange = _exchanges(x.shape[0], c, target)
+    if exchange:
+        body, rows = functools.partial(_exchanged, c=c, target=target), jax.sharding.PartitionSpec(over)
 
     def shard(x: jax.Array, weights: jax.Array, chosen: jax.Array, gate_up: Any, down: Any, layer: jax.Array) -> jax.Array:
         first = lax.axis_index(over) * jax.tree.leaves(gate_up)[0].shape[1]
-        return lax.psum(body(x, weights, chosen, gate_up, down, layer, first), (*over, *target.over("expert_mlp")))
+        parts = target.over("expert_mlp") if exchange else (*over, *target.over("expert_mlp"))
+        return lax.psum(body(x, weights, chosen, gate_up, down, layer, first), parts)
 
-    every = target.partition(())
-    specs = (every, every, every, _split(gate_up, "embed", "expert_mlp", target), _split(down, "expert_mlp", "embed", target), every)
-    return jax.shard_map(shard, mesh=target.mesh, in_specs=specs, out_specs=every, check_vma=False)(
-        x, weights, chosen, gate_up, down, layer
-    )
+    matrices = (_split(gate_up, "embed", "expert_mlp", target), _split(down, "expert_mlp", "embed", target))
+    specs: Any = dict(in_specs=(rows, rows, rows, *matrices, every), out_specs=rows)
+    return jax.shard_map(shard, mesh=target.mesh, **specs, check_vma=False)(x, weights, chosen, gate_up, down, layer)
 
 
 def _split(w: Any, rows: str, columns: str, target: Target) -> Any:
@@ -71,6 +75,68 @@ def _own_experts(x, weights, chosen, gate_up: Any, down: Any, layer, first, *, c
     y = _product(y, down, sizes, layer, None, target)
     back = y[jnp.argsort(order)].reshape(*chosen.shape, -1)
     return jnp.einsum("tke,tk->te", back.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST).astype(x.dtype)
+
+
+def _exchanges(tokens: int, c: ModelConfig, target: Target) -> bool:
+    """Whether tokens are sent to their experts. All of them are on every device: a sum over n devices moves each 2 * (n - 1) / n times,
+    an exchange k / n times there and back, and once more to where it is wanted."""
+    ways = target.ways("experts")
+    return bool(target.exchange) and ways > 2 * c.experts_per_token and tokens % ways == 0
+
+
+def _exchanged(x, weights, chosen, gate_up: Any, down: Any, layer, first, *, c: ModelConfig, target: Target) -> jax.Array:
+    """`experts` of this device's share of the tokens [T / n, D]. There is room for all tokens of a device to want one other's experts."""
+    del first
+    own, each, ways = jax.tree.leaves(gate_up)[0].shape[1], c.experts_per_token, target.ways("experts")
+    number, room = chosen.reshape(-1), x.shape[0] * min(each, jax.tree.leaves(gate_up)[0].shape[1])
+    order = jnp.argsort(number, stable=True)  # by device, there by expert; rows of nobody last
+    sizes = jnp.sum(number[:, None] == jnp.arange(c.num_experts), axis=0, dtype=jnp.int32).reshape(ways, own)
+    count = sizes.sum(1)
+    starts = jnp.cumsum(count) - count
+    told = lax.all_to_all(jnp.concatenate([sizes, starts[:, None]], 1), target.over("experts"), 0, 0, tiled=True)
+    theirs, wanted_at = told[:, :own], told[:, own]  # rows of each device for each expert here, and where it wants them back
+    send, give_back = _ragged(target, room) if target.exchange == "ragged" else _padded(target, room, own)
+    came = send(x[order // each], starts, count, theirs.sum(1))
+    expert = jnp.sum(jnp.arange(room)[:, None] >= jnp.cumsum(theirs, 1)[:, None], axis=-1).reshape(-1)  # `own` behind the last
+    by_expert = jnp.argsort(expert, stable=True)
+    y = _product(came[by_expert], gate_up, theirs.sum(0), layer, ACTIVATIONS[c.activation], target)
+    y = _product(y, down, theirs.sum(0), layer, None, target)
+    y = give_back(y[jnp.argsort(by_expert)], number[order], starts, count, theirs.sum(1), wanted_at)
+    back = y[jnp.argsort(order)].reshape(*chosen.shape, -1)
+    return jnp.einsum("tke,tk->te", back.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST).astype(x.dtype)
+
+
+def _ragged(target: Target, room: int) -> tuple[Any, Any]:
+    """Rows to their experts' devices and back: as many as there are. What comes from device s lies from row s * room on."""
+    (axis,), ways = target.over("experts"), target.ways("experts")
+    at = jnp.arange(ways, dtype=jnp.int32) * room
+
+    def send(rows, starts, count, coming):
+        there = jnp.full(ways, lax.axis_index(axis) * room, jnp.int32)
+        out = jnp.zeros((ways * room, rows.shape[1]), rows.dtype)
+        return lax.ragged_all_to_all(rows, out, starts, count, there, coming, axis_name=axis)
+
+    def give_back(y, numbers, starts, count, coming, wanted_at):
+        out = jnp.zeros((numbers.shape[0], y.shape[1]), y.dtype)
+        return lax.ragged_all_to_all(y, out, at, coming, wanted_at, count, axis_name=axis)
+
+    return send, give_back
+
+
+def _padded(target: Target, room: int, own: int) -> tuple[Any, Any]:
+    """As _ragged, where XLA has no such exchange (a CPU): `room` rows between any two devices."""
+    over, ways = target.over("experts"), target.ways("experts")
+    exchange = lambda rows: lax.all_to_all(rows.reshape(ways, room, -1), over, 0, 0, tiled=True)
+
+    def send(rows, starts, count, coming):
+        return exchange(rows[jnp.minimum(starts[:, None] + jnp.arange(room), rows.shape[0] - 1)]).reshape(ways * room, -1)
+
+    def give_back(y, numbers, starts, count, coming, wanted_at):
+        device = jnp.minimum(numbers // own, ways - 1)
+        found = exchange(y)[device, jnp.clip(jnp.arange(numbers.shape[0]) - starts[device], 0, room - 1)]
+        return jnp.where((numbers < own * ways)[:, None], found, 0)  # rows of nobody are zeros
+
+    return send, give_back
 
 
 def _product(x: jax.Array, w: Any, sizes: jax.Array, layer: jax.Array, activation: str | None, target: Target) -> jax.Array:

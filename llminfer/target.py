@@ -26,7 +26,8 @@ class Target:
     and cache. chip: the name of a TPU, v4, v5e, v5p, v6e or tpu7x. branches: whether a program may
     branch at no cost; not on a GPU, where the host waits to read what it depends on. debug: lengths and page ids are checked on the
     device too. mesh: a jax.sharding.Mesh, or None for one device. rules: what of an array is split over which of its axes. device: the one
-    without a mesh; None: the first."""
+    without a mesh; None: the first. exchange: how tokens go to the devices of their experts where that moves less than a sum (moe.py):
+    "ragged" (TPU), "padded" (for tests on a CPU), "" never."""
 
     platform: str
     kernels: str
@@ -38,6 +39,7 @@ class Target:
     mesh: Any = None
     rules: Rules = RULES
     device: Any = None
+    exchange: str = ""
 
     @classmethod
     def of(
@@ -63,6 +65,7 @@ class Target:
             debug=debug,
             mesh=mesh,
             device=device,
+            exchange="ragged" if platform == "tpu" else "",
         )
 
     def over(self, axis: str) -> tuple[str, ...]:

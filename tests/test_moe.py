@@ -21,6 +21,7 @@ from llminfer.quant import Stacked, dequantize, quantize_int4, quantize_int8
 from llminfer.target import Target
 from llminfer.weights.hf_config import from_hf
 from llminfer.weights.hf_write import to_hf
+from sharding.collectives import collectives
 from sharding.mesh import make_meshes
 
 C = from_toml("tiny_moe")
@@ -89,6 +90,21 @@ def test_a_mesh_splits_the_experts(kernels: str, axes: dict[str, int]) -> None:
     ((mesh, _),) = make_meshes(axes, jax.devices())
     x, live = np.random.default_rng(3).standard_normal((7, C.hidden_size), np.float32), np.arange(7) != 2
     check(C, dataclasses.replace(CPU, kernels=kernels, chip="v5e", mesh=mesh), x, live, *weights(3), stacked=True)
+
+
+@EIGHT
+@pytest.mark.parametrize(("each", "axes"), [(1, {"ep": 4, "tp": 2}), (2, {"ep": 8})])
+def test_tokens_are_sent_to_their_experts(each: int, axes: dict[str, int]) -> None:
+    """And none is dropped: also where all want the experts of one device."""
+    ((mesh, _),) = make_meshes(axes, jax.devices())
+    c, target = dataclasses.replace(C, experts_per_token=each), dataclasses.replace(CPU, mesh=mesh, exchange="padded")
+    for batch in range(4):
+        x, live = np.random.default_rng(batch).standard_normal((16, C.hidden_size), np.float32), np.arange(16) % 5 != 2
+        x = x * 0.1 + x[:1] if batch % 2 else x
+        x[~live] = np.nan
+        check(c, target, x, live, *weights(batch), stacked=batch == 3)
+    text = compiled(c, target).lower(x, live, *(jnp.asarray(w) for w in weights())).compile().as_text()
+    assert {each.kind for each in collectives(text)} >= {"all-to-all"}
 
 
 @pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
