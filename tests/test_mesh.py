@@ -32,7 +32,7 @@ PARAMS = [GREEDY, DRAWN, dataclasses.replace(GREEDY, min_tokens=3, presence_pena
 # Each pair of sizes of two axes up to 8 devices but dp=8; tp of 4 and 8 on 2 key-value heads. tests/mesh_matrix.py runs all.
 SERVED = [
     ("tiny", "tp=4", {}),
-    ("tiny_window", "dp=2,tp=2", {"layout": "stacked"}),
+    ("tiny", "dp=2", {"layout": "stacked"}),
     ("tiny_moe", "ep=2,tp=4", {}),
 ]
 SCORED = [
