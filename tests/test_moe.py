@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from llminfer import LLM, SamplingParams
+from llminfer.arrange import Halves
 from llminfer.config import ModelConfig, from_toml
 from llminfer.errors import UserError
 from llminfer.moe import experts, route
@@ -21,9 +21,12 @@ from llminfer.quant import Stacked, dequantize, maker, quantize_int4, quantize_i
 from llminfer.target import Target
 from llminfer.weights.hf_config import from_hf
 from llminfer.weights.hf_write import to_hf
+from sharding.collectives import collectives
+from sharding.mesh import make_meshes
 
 C = from_toml("tiny_moe")
 CPU = Target.of("cpu")
+EIGHT = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 TWO = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 
 
@@ -58,7 +61,8 @@ def compiled(c: ModelConfig, target: Target) -> Any:
 
 def check(c: ModelConfig, target: Target, x, live, router, gate_up, down, *, stacked: bool = False, bound: float = 1e-5) -> None:
     whole = lambda w: Stacked(jnp.stack([jnp.full_like(w, jnp.nan), w]), jnp.int32(1)) if stacked else w
-    y = compiled(c, target)(x, live, layer(router, whole(jnp.asarray(gate_up)), whole(jnp.asarray(down))))
+    placed = Halves(target.ways("expert_mlp"))(gate_up)
+    y = compiled(c, target)(x, live, layer(router, whole(jnp.asarray(placed)), whole(jnp.asarray(down))))
     wanted = expected(x, live, router, gate_up, down, c)
     np.testing.assert_allclose(y, wanted, atol=bound * max(np.abs(wanted).max(), 1e-3), rtol=0)
     assert not np.asarray(y)[~live].any()
@@ -111,12 +115,27 @@ def test_weights_that_are_not_divided_by_their_sum() -> None:
     assert (np.asarray(share).sum(1) < 0.99).all()
 
 
-@TWO
-@pytest.mark.parametrize("kernels", ["reference", "interpret"])
-def test_a_mesh_splits_the_experts(kernels: str) -> None:
-    mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
+@EIGHT
+@pytest.mark.parametrize(("kernels", "axes"), [("reference", {"ep": 2, "tp": 4}), ("interpret", {"ep": 2}), ("reference", {"tp": 2})])
+def test_a_mesh_splits_the_experts(kernels: str, axes: dict[str, int]) -> None:
+    ((mesh, _),) = make_meshes(axes, jax.devices())
     x, live = np.random.default_rng(3).standard_normal((7, C.hidden_size), np.float32), np.arange(7) != 2
     check(C, dataclasses.replace(CPU, kernels=kernels, chip="v5e", mesh=mesh), x, live, *weights(3), stacked=True)
+
+
+@EIGHT
+@pytest.mark.parametrize(("each", "axes"), [(1, {"ep": 4, "tp": 2}), (2, {"ep": 8})])
+def test_tokens_are_sent_to_their_experts(each: int, axes: dict[str, int]) -> None:
+    """And none is dropped: also where all want the experts of one device."""
+    ((mesh, _),) = make_meshes(axes, jax.devices())
+    c, target = dataclasses.replace(C, experts_per_token=each), dataclasses.replace(CPU, mesh=mesh, exchange="padded")
+    for batch in range(4):
+        x, live = np.random.default_rng(batch).standard_normal((16, C.hidden_size), np.float32), np.arange(16) % 5 != 2
+        x = x * 0.1 + x[:1] if batch % 2 else x
+        x[~live] = np.nan
+        check(c, target, x, live, *weights(batch), stacked=batch == 3)
+    text = compiled(c, target).lower(x, live, *(jnp.asarray(w) for w in weights())).compile().as_text()
+    assert {each.kind for each in collectives(text)} >= {"all-to-all"}
 
 
 @pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
@@ -191,10 +210,10 @@ def test_what_cannot_be_is_refused_by_name(fields: dict, message: str) -> None:
 
 
 def test_a_mesh_that_does_not_divide_the_experts_is_refused() -> None:
-    with pytest.raises(UserError, match="tp=3 does not divide"):
+    with pytest.raises(UserError, match="ep=3 does not divide num_experts=8; legal: 1, 2, 4, 8"):
         if len(jax.devices()) < 3:
-            raise UserError("tp=3 does not divide: too few devices to ask")
-        LLM("config:tiny_moe", mesh="tp=3", context=32)
+            raise UserError("ep=3 does not divide num_experts=8; legal: 1, 2, 4, 8: too few devices to ask")
+        LLM("config:tiny_moe", mesh="ep=3", context=32)
 
 
 def test_configs_are_written_and_read_back() -> None:
