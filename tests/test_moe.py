@@ -124,6 +124,26 @@ def test_a_mesh_splits_the_experts(kernels: str, axes: dict[str, int]) -> None:
 
 
 @EIGHT
+@pytest.mark.parametrize(("exchange", "axes"), [("", {"ep": 2, "tp": 2}), ("padded", {"ep": 4, "tp": 2})])
+def test_a_mesh_adds_biases_once(exchange: str, axes: dict[str, int]) -> None:
+    """And weights inputs where they are, as on one device."""
+    ((mesh, _),) = make_meshes(axes, jax.devices())
+    rng, (router, gate_up, down) = np.random.default_rng(6), weights(6)
+    x, live = rng.standard_normal((16, C.hidden_size), np.float32), np.ones(16, bool)
+    biases = [rng.standard_normal((C.num_experts, size), np.float32) for size in (gate_up.shape[2], C.hidden_size)]
+    for c in (dataclasses.replace(C, experts_per_token=1), dataclasses.replace(C, experts_per_token=1, scale_inputs=True)):
+        target = dataclasses.replace(CPU, mesh=mesh, exchange=exchange)
+        placed = Halves(target.ways("expert_mlp"))
+        made = [
+            dataclasses.replace(layer(router, put(jnp.asarray(gate_up)), jnp.asarray(down)), **extra)
+            for put in (lambda w: w, placed)
+            for extra in [dict(experts_gate_up_bias=put(jnp.asarray(biases[0])), experts_down_bias=jnp.asarray(biases[1]))]
+        ]
+        want, found = (np.asarray(compiled(c, t)(x, live, w)) for t, w in zip((CPU, target), made, strict=True))
+        np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+@EIGHT
 @pytest.mark.parametrize(("each", "axes"), [(1, {"ep": 4, "tp": 2}), (2, {"ep": 8})])
 def test_tokens_are_sent_to_their_experts(each: int, axes: dict[str, int]) -> None:
     """And none is dropped: also where all want the experts of one device."""
@@ -134,7 +154,7 @@ def test_tokens_are_sent_to_their_experts(each: int, axes: dict[str, int]) -> No
         x = x * 0.1 + x[:1] if batch % 2 else x
         x[~live] = np.nan
         check(c, target, x, live, *weights(batch), stacked=batch == 3)
-    text = compiled(c, target).lower(x, live, *(jnp.asarray(w) for w in weights())).compile().as_text()
+    text = compiled(c, target).lower(x, live, layer(*(jnp.asarray(w) for w in weights()))).compile().as_text()
     assert {each.kind for each in collectives(text)} >= {"all-to-all"}
 
 
