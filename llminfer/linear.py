@@ -70,8 +70,7 @@ def linear(
             return Rounded(*round_gpu(sums, kind, gate=gate, by=by, interpret=target.interpret))
         if residual is not None and bias is None and not act and _sums_later(residual, c, target):
             return Sum(residual, sums, by)
-        y = scaled(sums, by)
-        return _finish(y, c, target, bias=bias, act=act, residual=residual)
+        return _finish(scaled(sums, by), c, target, bias=bias, act=act, residual=residual)
     if residual is not None and bias is None and not act and isinstance(w, Turned) and _sums_later(residual, c, target):
         parts = _parts(x, w.w, target)
         if parts is not None:
@@ -93,7 +92,7 @@ def _finish(y: jax.Array, c: ModelConfig, target: Target, *, bias: Any, act: boo
 
 
 def scaled(sums: jax.Array, by: Any) -> jax.Array:
-    """A product of 8-bit numbers, as eight_bit_sums gives it, in bfloat16."""
+    """A product as eight_bit_sums gives it, or parts of one to be added up, in bfloat16."""
     if by is None:
         return sums if sums.ndim == 2 else sums.sum(0).astype(jnp.bfloat16)
     return (sums.astype(jnp.float32) * by[0] * by[1]).astype(jnp.bfloat16)
@@ -125,8 +124,7 @@ def entered(x: Any, before: Norm | None, c: ModelConfig, target: Target, into: A
     if not isinstance(x, Sum):
         return x, x, before
     if before is None:
-        more = x.y if x.by is None else scaled(x.y, x.by)
-        total = x.x + (more if more.ndim == 2 else more.sum(0).astype(x.x.dtype))
+        total = x.x + scaled(x.y, x.by)
         return total, total, None
     kind = _eight_bits(into, x.x, target)
     how: dict[str, Any] = dict(eps=c.norm_eps, offset=float(c.norm_offset), interpret=target.interpret)

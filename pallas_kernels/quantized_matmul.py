@@ -31,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import kv_scales
 from pallas_kernels.tuning import lookup
 from pallas_kernels.weight_formats import (
     CHIPS,
@@ -59,9 +60,8 @@ class Blocks(NamedTuple):
 def quantize_rows(x, kind=jnp.int8):
     """Rounds each row of x [M, K] by its largest magnitude: (int8 or float8_e4m3fn [M, K], float32 [M, 1]), x = q * scale."""
     x = x.astype(jnp.float32)
-    whole = kind == jnp.int8
-    scale = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-30) / (127.0 if whole else 448.0)
-    return (jnp.round(x / scale) if whole else x / scale).astype(kind), scale
+    scale = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-30) / kv_scales.largest(kind)
+    return kv_scales.rounded(kind, x / scale).astype(kind), scale
 
 
 def quantized_matmul(

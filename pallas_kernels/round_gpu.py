@@ -17,8 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import kv_scales
+
 bf16, f32 = jnp.bfloat16, jnp.float32
-LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+KINDS = (jnp.int8, jnp.float8_e4m3fn)
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -37,12 +39,12 @@ prmt.b32 $0, a, c, 0x5410;
 
 def rounded(x, kind, interpret: bool):
     """(q, amount) of a row x [K] of float32, for use inside of a kernel."""
-    amount = jnp.maximum(jnp.max(jnp.abs(x)), 1e-30) / LARGEST[jnp.dtype(kind)] + jnp.sum(x - x)  # max may lose a NaN
+    amount = jnp.maximum(jnp.max(jnp.abs(x)), 1e-30) / kv_scales.largest(kind) + jnp.sum(x - x)  # max may lose a NaN
     x = x * (1 / amount)
     if not jnp.issubdtype(kind, jnp.integer):
         return x.astype(kind), amount
     if interpret:
-        return jnp.round(x).astype(kind), amount
+        return kv_scales.rounded(kind, x).astype(kind), amount
     like = [jax.ShapeDtypeStruct(x.shape, kind)]
     return plgpu.elementwise_inline_asm(_NEAREST, args=[x], constraints="=r,r,r,r,r", pack=4, result_shape_dtypes=like)[0], amount
 
@@ -59,7 +61,7 @@ def round_gpu(y, kind, *, gate: str | None = None, by: Any = None, interpret=Fal
     """(q, amount) of the rows of y, or of its gated halves. kind: int8 or float8_e4m3fn. Raises ValueError."""
     rows, width = y.shape
     size = width // 2 if gate else width
-    if jnp.dtype(kind) not in LARGEST or gate not in (None, *ACTIVATIONS) or (gate and width % 2):
+    if kind not in KINDS or gate not in (None, *ACTIVATIONS) or (gate and width % 2):
         legal = f"kind int8 or float8_e4m3fn, gate None or {', '.join(ACTIVATIONS)} with an even width"
         raise ValueError(f"y {y.shape}, kind {jnp.dtype(kind)}, gate={gate!r}: legal: {legal}")
     if by is not None and (by[0].shape != (rows, 1) or by[1].shape != (1, width)):
@@ -70,11 +72,10 @@ def round_gpu(y, kind, *, gate: str | None = None, by: Any = None, interpret=Fal
         *factors, q, amount = refs
         row, lane = pl.program_id(0), lax.iota(jnp.int32, block)
         inside = None if block == size else lane < size
-        other = None if inside is None else 0
 
         def read(ref, first, *at):
             place = (*at, pl.ds(first, size) if inside is None else lane + first)
-            return plgpu.load(ref.at[place], mask=inside, other=None if other is None else jnp.zeros((), ref.dtype)).astype(f32)
+            return plgpu.load(ref.at[place], mask=inside, other=None if inside is None else jnp.zeros((), ref.dtype)).astype(f32)
 
         def part(first):
             x = read(y, first, row)
