@@ -138,15 +138,14 @@ def _mlp(x: jax.Array, before: Norm | None, gate_up: Any, down: Any, w: Layer, c
 def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
     """What the experts of each token give, and those that all tokens share."""
     x = x if before is None else norm(x, before[0], before[1], c)
-    y = moe.experts(x, owned(batch), w, c, target)
     if w.shared_gate_up is None:
-        return y
+        return moe.experts(x, owned(batch), w, c, target)
     shared = _mlp(x, None, w.shared_gate_up, w.shared_down, w, c, target)
     if w.shared_router is not None:
         precision = jax.lax.Precision.HIGHEST
         gate = jnp.dot(x, w.shared_router, precision=precision, preferred_element_type=jnp.float32)
         shared = shared * jax.nn.sigmoid(gate).astype(x.dtype)[:, None]
-    return y + shared
+    return moe.experts(x, owned(batch), w, c, target, shared)
 
 
 def owned(batch: Batch) -> jax.Array:

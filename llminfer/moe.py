@@ -48,12 +48,12 @@ def _in_best_groups(scores: jax.Array, c: ModelConfig) -> jax.Array:
     return jnp.where(used[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
 
 
-def experts(x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target) -> jax.Array:
-    """The weighted sum of what its experts make of each token, [T, D] of x's dtype; zeros where live [T] is False.
+def experts(x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target, shared: jax.Array | None = None) -> jax.Array:
+    """The weighted sum of what its experts make of each token, [T, D] of x's dtype; zeros where live [T] is False. shared [T, D] is added.
 
     Of a layer's weights, experts_gate_up [E, D, 2 * M] and experts_down [E, M, D] are an array, a QTensor, or either Stacked, as their
     biases may be. A mesh splits the experts, and the columns of each: a device works on all tokens of its own experts, and the sums are
-    added up; or, where `_exchanges` says so, each device has a share of the tokens, sends them to where their experts are, and gets them
+    added up; or, where `exchanges` says so, each device has a share of the tokens, sends them to where their experts are, and gets them
     back."""
     weights, chosen = route(x, w.router, w.router_bias, c)
     chosen = jnp.where(live[:, None], chosen, c.num_experts)
@@ -62,10 +62,10 @@ def experts(x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Tar
     held, layer = [stack for stack, _ in stacks], stacks[0][1]
     body = functools.partial(_own_experts, c=c, target=target)
     if target.mesh is None:
-        return body(x, weights, chosen, held, layer, jnp.int32(0))
+        return _with(body(x, weights, chosen, held, layer, jnp.int32(0)), shared)
     over, columns = target.over("experts"), target.over("expert_mlp")
     every = rows = target.partition(())
-    exchange = _exchanges(x.shape[0], c, target)
+    exchange = exchanges(c, target) and x.shape[0] % target.ways("experts") == 0
     if exchange:
         body, rows = functools.partial(_exchanged, c=c, target=target), jax.sharding.PartitionSpec(over)
 
@@ -76,7 +76,18 @@ def experts(x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Tar
         return lax.psum(body(x, weights, chosen, held, layer, first), columns if exchange else (*over, *columns))
 
     specs: Any = dict(in_specs=(rows, rows, rows, _split(held, target), every), out_specs=rows)
-    return jax.shard_map(shard, mesh=target.mesh, **specs, check_vma=False)(x, weights, chosen, held, layer)
+    split = jax.shard_map(shard, mesh=target.mesh, **specs, check_vma=False)
+    if not exchange:
+        return _with(split(x, weights, chosen, held, layer), shared)
+    # Else XLA cuts all that has to do with tokens into shares, and moves the pieces of a batch about at each step.
+    put = lambda x, spec: lax.with_sharding_constraint(x, jax.sharding.NamedSharding(target.mesh, spec))
+    y = split(*(put(each, every) for each in (x, weights, chosen)), held, layer)
+    # A sum of which each device gets the rows that it has the rest of: half of what a sum for all moves.
+    return put(_with(y, None if shared is None else put(shared, rows)), every)
+
+
+def _with(y: jax.Array, shared: jax.Array | None) -> jax.Array:
+    return y if shared is None else y + shared
 
 
 def _split(held: list[Any], target: Target) -> list[Any]:
@@ -111,11 +122,10 @@ def _own_experts(x, weights, chosen, held: list[Any], layer, first, *, c: ModelC
     return jnp.einsum("tke,tk->te", back.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST).astype(x.dtype)
 
 
-def _exchanges(tokens: int, c: ModelConfig, target: Target) -> bool:
-    """Whether tokens are sent to their experts. All of them are on every device: a sum over n devices moves each 2 * (n - 1) / n times,
-    an exchange k / n times there and back, and once more to where it is wanted."""
-    ways = target.ways("experts")
-    return bool(target.exchange) and ways > 2 * c.experts_per_token and tokens % ways == 0
+def exchanges(c: ModelConfig, target: Target) -> bool:
+    """Whether tokens are sent to their experts, where they can be dealt out. All of them are on every device: a sum over n devices moves
+    each 2 * (n - 1) / n times, an exchange k / n times there and back, and once more to where it is wanted."""
+    return bool(target.exchange) and target.ways("experts") > 2 * c.experts_per_token > 0
 
 
 def _exchanged(x, weights, chosen, held: list[Any], layer, first, *, c: ModelConfig, target: Target) -> jax.Array:

@@ -71,6 +71,10 @@ def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) ->
             # Its matrix products want tiles of 16 rows; from the default of 8 XLA copies all weights at the start of each program.
             by_tile = Layout(tuple(range(len(spec.shape))), tiling=((16, 128), (2, 1)))
             return jax.ShapeDtypeStruct(spec.shape, shape.dtype, sharding=Format(by_tile, where(spec.axes)))
+        if target.platform == "tpu" and multiplied and spec.shape[-1] // target.ways(spec.axes[-1]) % 128:
+            # Of columns that fill no tile XLA would rather make rows, and copies all of them back at the start of each program.
+            as_named = Layout(tuple(range(len(spec.shape))))
+            return jax.ShapeDtypeStruct(spec.shape, shape.dtype, sharding=Format(as_named, where(spec.axes)))
         return shape
     made, turned = jax.eval_shape(make, shape), (*spec.axes[:-2], spec.axes[-1], spec.axes[-2])
     placed = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)

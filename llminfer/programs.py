@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from llminfer import step
 from llminfer.batch import BatchShape, pack, pack_loop, ship, unship
 from llminfer.config import EIGHT_BITS, EngineConfig, ModelConfig
+from llminfer.moe import exchanges
 from llminfer.scheduler import Plan
 from llminfer.target import Target
 
@@ -206,14 +207,23 @@ class Programs:
         # The mesh tells kernels the chip that they are lowered for, present here or not.
         mesh = self.target.mesh or Mesh(np.array(list(kept[1].device_set)), ("devices",))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.jit(shipped, donate_argnums=(1, 2), out_shardings=(kept[1], *kept)).lower(*self.shapes, ship(like))
+            # Said of what is shipped, too: left to itself XLA cuts it up over a mesh, and what is made of it travels in pieces.
+            flat = ship(like)
+            flat = jax.ShapeDtypeStruct(flat.shape, flat.dtype, sharding=kept[1])
+            return jax.jit(shipped, donate_argnums=(1, 2), out_shardings=(kept[1], *kept)).lower(*self.shapes, flat)
+
+    @property
+    def options(self) -> dict[str, str] | None:
+        """What XLA is to be told. It finds no barrier of its own for the exchange among 32 TPUs or more, and gives up."""
+        ragged = self.target.exchange == "ragged" and exchanges(self.c, self.target)
+        return {"xla_tpu_force_custom_barrier_for_ragged_all_to_all": "true"} if ragged else None
 
     def _compile(self, program: Program) -> Any:
         handle = self.progress.task(f"compile {program.kind} {program.shape.tokens}", 1) if self.progress else None
         with self._tracing:
             start = time.perf_counter()
             lowered = self.lower(program)
-        compiled = lowered.compile()
+        compiled = lowered.compile(self.options)
         self.seconds[program] = time.perf_counter() - start
         if handle:
             handle.advance(1)

@@ -8,24 +8,29 @@ from dataclasses import dataclass
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all", "collective-broadcast")
 _OP = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?:-start)?\(")
 _NAME = re.compile(r'op_name="([^"]*)"')
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?(\S+) \(.*\{$")
 _ARRAY = re.compile(r"\b[a-z]\w*\[([\d,]*)\]")
 
 
 @dataclass(frozen=True)
 class Collective:
     """kind: one of KINDS; shapes: of what it gives, one for each array (an asynchronous one names its operands too); scope: the names of
-    functions and scopes around the operation that it comes from, outermost first."""
+    functions and scopes around the operation that it comes from, outermost first; inside: the computation that it is in, such as a loop's
+    body. A TPU's compiler forgets the scope of some."""
 
     kind: str
     shapes: tuple[tuple[int, ...], ...]
     scope: tuple[str, ...]
+    inside: str = ""
 
 
 def collectives(text: str, scope: str = "") -> list[Collective]:
     """The collectives of a compiled program, `compiled.as_text()`; of those inside the scope of that name only. The body of a loop counts
     once, however often it runs: so do all layers under a scan, while layers that are unrolled are counted each."""
-    found = []
+    found, inside = [], ""
     for line in text.splitlines():
+        if begins := _COMPUTATION.match(line):
+            inside = begins[1]
         if (match := _OP.search(line)) is None:
             continue
         name = _NAME.search(line)
@@ -33,5 +38,5 @@ def collectives(text: str, scope: str = "") -> list[Collective]:
         if scope and scope not in names:
             continue
         shapes = tuple(tuple(int(n) for n in sizes.split(",") if n) for sizes in _ARRAY.findall(match["shape"]))
-        found.append(Collective(match["kind"], shapes, names))
+        found.append(Collective(match["kind"], shapes, names, inside))
     return found

@@ -1,11 +1,14 @@
 """Compiles the step programs of real models, a few layers of each, for TPUs or an H100 on this machine: a table of the memory they take.
 
     python tests/compile_matrix.py [--chips v4 v5e ...] [--models llama3_8b ...] [--quantize none int4 ...] [--kinds decode mixed] [--once]
+    python tests/compile_matrix.py --meshes [llama3_70b ...] [--kinds decode mixed] [--once]
 
 Needs libtpu (the extra tpu), or for h100 CUDA's libraries (the extra cuda), no GPU. For each program: temporaries with P pages, what they
 grow by with 2 * P in hundredths of what the cache grows (under 1 is asked for), and how much of the cache is updated in place; large
 temporaries are those over half of one layer's weights and three times the logits. Exit code 1 where something does not compile or is not
 as asked for.
+
+--meshes: large models, whole, for the meshes of TPUs that serve them; see compile_meshes.py.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+import compile_meshes
+
 from llminfer.bench.kernels import AOT, TOPOLOGIES
 
 # Layers: for Gemma two patterns and what is left over.
@@ -113,6 +118,18 @@ def row(chip: str, model: str, quantize: str | None, kind: str, once: bool) -> t
     return good, f"{name} {sizes} {shares} {time.perf_counter() - start:6.1f}{note}"
 
 
+def on_meshes(models: list[str], kinds: list[str], once: bool) -> int:
+    """The exit code; prints the table."""
+    print(compile_meshes.HEADER, flush=True)
+    good = True
+    for model in models:
+        for kind in kinds:
+            fine, line = compile_meshes.row(model, kind, once)
+            print(line, flush=True)
+            good &= fine
+    return 0 if good else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compiles step programs for TPUs or an H100 and prints the memory they take.")
     parser.add_argument("--chips", nargs="*", choices=CHIPS, default=list(TOPOLOGIES))
@@ -120,7 +137,10 @@ def main() -> int:
     parser.add_argument("--quantize", nargs="*", choices=[q or "none" for q in QUANTIZE], default=[q or "none" for q in QUANTIZE])
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--once", action="store_true", help="with P pages only: half the time")
+    parser.add_argument("--meshes", nargs="*", choices=compile_meshes.MESHES, help="these models on their meshes; without a name, all")
     asked = parser.parse_args()
+    if asked.meshes is not None:
+        return on_meshes(asked.meshes or list(compile_meshes.MESHES), asked.kinds, asked.once)
     print("chip   model          as    program  temp MB  with 2P layer MB cache MB growth% aliased  with 2P  seconds", flush=True)
     good = True
     for chip in asked.chips:
