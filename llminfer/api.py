@@ -30,7 +30,9 @@ class LLM:
         self.settings = EngineConfig.from_settings(settings)
         from sharding.mesh import parse_mesh
 
-        self._axes = as_user_error(parse_mesh, self.settings.mesh)
+        self._axes, self._prefill_axes = (as_user_error(parse_mesh, getattr(self.settings, f), f) for f in ("mesh", "prefill_mesh"))
+        if self._prefill_axes and "dp" in {*self._axes, *self._prefill_axes}:
+            raise refuse("prefill_mesh", self.settings.prefill_mesh, "it and mesh must have no dp; legal: '' or axes such as 'ep=2,tp=2'")
         self.checkpoint = open_model(model, self.settings.cache_dir, progress)
         self.config = self.checkpoint.config
         # Reading the weights and the tokenizer needs no jax: it goes on while jax is imported and programs are compiled.
@@ -43,6 +45,7 @@ class LLM:
         self.load_s = time.perf_counter() - started
 
     def _build(self, progress: Any) -> None:
+        from llminfer.disaggregated import Disaggregated
         from llminfer.engine import Engine
         from llminfer.programs import keep_compiled
         from llminfer.replicas import Replicas
@@ -51,13 +54,19 @@ class LLM:
 
         keep_compiled(cache_root(self.settings.cache_dir) / "xla")
         s, engines = self.settings, []
-        for mesh, device in as_user_error(make_meshes, self._axes, devices()):
+        meshes = as_user_error(make_meshes, self._axes, devices())
+        if self._prefill_axes:  # on the devices behind
+            used = 1 if meshes[0][0] is None else meshes[0][0].size
+            meshes = [*as_user_error(make_meshes, self._prefill_axes, devices()[used:]), *meshes]
+        for mesh, device in meshes:
             where: Any = dict(chip=chip_of(device), mesh=mesh, device=device)
             target = Target.of(device.platform, layout=s.layout, dtype=s.dtype, debug=s.debug, **where)
             # A process has one profile at a time.
             engines.append(Engine(self.config, replace(s, profile=None) if engines else s, target, progress))
         self.target = engines[0].target
         self.engine: Any = engines[0] if len(engines) == 1 else Replicas(engines)
+        if self._prefill_axes:
+            self.engine = Disaggregated(*engines, lambda: None if self.checkpoint.random else self.checkpoint.leaves(progress))
 
     # Prompts ----------------------------------------------------------------------------------------------------
 

@@ -341,7 +341,8 @@ class EngineConfig:
     matrices of the layers, by output channel and in groups of 128 (64, 32) inputs; "mxfp4" to floats of 4 bits in groups of 32 (OCP
     Microscaling Formats), "mxfp4_experts" those of experts alone, which is gpt-oss as published; "fp8" to float8_e4m3fn by output channel;
     "w8a8" and "w8a8_fp8" are int8 and fp8 with tokens rounded to the same. quantize_head: the output head too (tokens are not rounded
-    there); an embedding that is also the head stays as it is for tokens to be looked up."""
+    there); an embedding that is also the head stays as it is for tokens to be looked up. prefill_mesh: prompts are processed on devices of
+    their own, this mesh of them, and their keys and values handed over to those of `mesh`, which decode ("tp=1": one; "": the same do both)."""
 
     slots: int = 8
     context: int | None = None
@@ -355,6 +356,7 @@ class EngineConfig:
     kv_dtype: str | None = None
     kv_policy: str | None = None
     mesh: str = ""
+    prefill_mesh: str = ""
     speculate: str | None = None
     seed: int = 0
     decode_steps: int = 32
@@ -389,8 +391,9 @@ class EngineConfig:
         for field in ("cache_dir", "profile"):
             if not isinstance(getattr(self, field), (str, type(None))):
                 raise refuse(field, getattr(self, field), "must be the name of a folder, or null")
-        if not isinstance(self.mesh, str):
-            raise refuse("mesh", self.mesh, "must be a string such as 'tp=2'; '' is one device")
+        for field in ("mesh", "prefill_mesh"):
+            if not isinstance(getattr(self, field), str):
+                raise refuse(field, getattr(self, field), "must be a string such as 'tp=2'; '' is one device")
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> EngineConfig:

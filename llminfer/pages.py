@@ -140,6 +140,20 @@ class Pages:
             pages += [group.take() for _ in range(need - len(pages))]
         return True
 
+    def adopt(self, seq: Sequence, tokens: int, ahead: int) -> bool:
+        """As `reserve`, for a sequence whose first `tokens` tokens are computed elsewhere: what no later token sees gets no page."""
+        sinks = self.page_size * max(group.sinks for group in self.groups)
+        if sinks and not self.reserve(seq, min(tokens, sinks)):
+            return False
+        for group, pages in zip(self.groups, seq.pages, strict=True):
+            first = min(group.first_seen(tokens, self.page_size), self.pages_for(tokens))
+            for i in range(group.sinks, min(first, len(pages))):
+                if pages[i] >= 0:
+                    group.drop(pages[i])
+                    pages[i] = -1
+            pages += [-1] * (first - len(pages))
+        return self.reserve(seq, tokens, ahead)
+
     def computed(self, seq: Sequence, tokens: int) -> None:
         """The first `tokens` positions are in the cache, and known: full pages become findable, and pages that no later token sees
         are let go."""

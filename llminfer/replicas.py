@@ -19,7 +19,7 @@ class Replicas:
     def __init__(self, engines: list[Engine]):
         self.engines = engines
         self.context, self.declared, self.c = engines[0].context, engines[0].declared, engines[0].c
-        self.programs = _Programs(engines)
+        self.programs = EnginePrograms(engines)
         self._home: dict[Sequence, Engine] = {}  # of sequences that have not ended
 
     def warm_up(self, expect: tuple[int, int] | None = None) -> None:
@@ -101,7 +101,7 @@ def _sum(each: list[Any]) -> Any:
     return {key: _sum([one[key] for one in each if key in one]) for key in dict.fromkeys(key for one in each for key in one)}
 
 
-class _Programs:
+class EnginePrograms:
     """The programs of all engines."""
 
     def __init__(self, engines: list[Engine]):

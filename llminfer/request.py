@@ -236,7 +236,8 @@ class Request:
 @dataclass(eq=False)
 class Sequence:
     """One sample in flight. pending: output tokens that steps under way draw, unread; computed: leading tokens whose keys and values
-    are in the cache after those steps. pages[g]: physical page of each logical page of group g, -1 where a window has left it
+    are in the cache after those steps; elsewhere: how many leading tokens another engine has computed, for this one to get when it has
+    room. pages[g]: physical page of each logical page of group g, -1 where a window has left it
     behind. hashes: digest of each full page; findable: how many of those pages the prefix cache knows."""
 
     request: Request
@@ -246,6 +247,7 @@ class Sequence:
     logprobs: list[Logprobs] = field(default_factory=list)  # of output, where params ask
     pending: int = 0
     computed: int = 0
+    elsewhere: int = 0
     slot: int = -1
     pages: list[list[int]] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)

@@ -12,6 +12,7 @@ device leaves it out, and its tokens never come.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llminfer.pages import Pages
@@ -64,6 +65,8 @@ class Scheduler:
         self.free_slots = list(range(slots))[::-1]
         self.unread: list[Plan] = []  # scheduled, not committed
         self.hold = False  # admit nobody: pages are to become free
+        self.prompts_only = False  # a sequence gets its first token here, and all others elsewhere
+        self.receive: Callable[[Sequence, int], None] | None = None  # brings what is computed elsewhere, behind so many tokens found here
         self.chunk_was_last = False  # the last plan had one beside sequences that decode
         self.preemptions = 0
         self.prefix_hit_tokens = 0
@@ -72,9 +75,10 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         seq.order = self.arrivals
         self.arrivals += 1
-        self._wait(seq)
+        self.wait(seq)
 
-    def _wait(self, seq: Sequence) -> None:
+    def wait(self, seq: Sequence) -> None:
+        """Queues a sequence by its rank."""
         bisect.insort(self.waiting, seq, key=self._rank)
 
     @staticmethod
@@ -96,7 +100,7 @@ class Scheduler:
         try:
             most = min(self.decode_steps, most or self.decode_steps)
             prefilling = any(self._prefilling(seq) for seq in self.running)
-            decoding = any(seq.remaining and not self._prefilling(seq) for seq in self.running)
+            decoding = not self.prompts_only and any(seq.remaining and not self._prefilling(seq) for seq in self.running)
             if prefilling and not (decoding and self.chunk_was_last and watched and rest):
                 plan = self._mixed(watched and decoding)
                 self.chunk_was_last = decoding
@@ -180,10 +184,9 @@ class Scheduler:
         self.free_slots.append(seq.slot)
         seq.slot = -1
 
-    @staticmethod
-    def _prefilling(seq: Sequence) -> bool:
-        """More than its last token is still to be computed."""
-        return seq.length - seq.computed > 1
+    def _prefilling(self, seq: Sequence) -> bool:
+        """More than its last token is still to be computed; or anything, where only prompts are."""
+        return not seq.pending if self.prompts_only else seq.length - seq.computed > 1
 
     def _admit(self) -> None:
         """Gives slots to waiting sequences by rank. One that has no pages keeps those behind it from taking them; one that
@@ -195,11 +198,16 @@ class Scheduler:
             if self.pages.awaits(seq, found):
                 self.pages.release(seq)
                 passed += 1
-            elif self.pages.reserve(seq, found, ahead=seq.length):
+            elif self._room(seq, found):
                 self._enter(self.waiting.pop(passed), found, passed)
             else:
                 self.pages.release(seq)
                 return
+
+    def _room(self, seq: Sequence, found: int) -> bool:
+        if seq.elsewhere:
+            return self.pages.adopt(seq, seq.elsewhere, ahead=seq.length)
+        return self.pages.reserve(seq, found, ahead=seq.length)
 
     def _enter(self, seq: Sequence, found: int, passed: int) -> None:
         """Gives a slot to a sequence that came before others; passed: how many of a better rank wait on."""
@@ -210,12 +218,16 @@ class Scheduler:
         if any(other.overtaken == PATIENCE for other in self.waiting[:passed]) or first != last:
             self.waiting.sort(key=self._rank)
         self.pages.begin(seq)
-        seq.computed = found
-        if not seq.preemptions:
+        seq.computed = max(found, seq.elsewhere)
+        if not (seq.preemptions or seq.elsewhere):
             seq.cached = found
             self.prefix_hit_tokens += found
         seq.slot = self.free_slots.pop()
         self.running.append(seq)
+        if seq.elsewhere and self.receive is not None:
+            self.receive(seq, found)
+            self.pages.computed(seq, seq.elsewhere)
+            seq.elsewhere = 0
 
     def _mixed(self, stalls: bool) -> Plan:
         """One token of each decoding sequence, and prompts by rank until the chunk is full. stalls: someone watches the sequences
@@ -223,8 +235,8 @@ class Scheduler:
         items: list[Item] = []
         left = min(SMALL_CHUNK, self.chunk) if stalls else self.chunk
         for seq in list(self.running):
-            if seq.slot < 0 or not seq.remaining:
-                continue  # preempted by an earlier one; or it will have ended
+            if seq.slot < 0 or not seq.remaining or (self.prompts_only and seq.pending):
+                continue  # preempted by an earlier one; or it will have ended, or has what it came for
             prefilling = self._prefilling(seq)
             count = min(seq.length - seq.computed, left) if prefilling else 1
             if count and self._reserve(seq, seq.computed + count, items):
@@ -264,4 +276,4 @@ class Scheduler:
         seq.computed = 0
         seq.preemptions += 1
         self.preemptions += 1
-        self._wait(seq)
+        self.wait(seq)

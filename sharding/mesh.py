@@ -17,17 +17,17 @@ AXES = {
 REPLICAS = "dp"  # the axis that is no part of a program's mesh
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """{"tp": 4} from "tp=4"; {} from "". Raises ValueError that names the part and what is legal."""
+def parse_mesh(text: str, field: str = "mesh") -> dict[str, int]:
+    """{"tp": 4} from "tp=4"; {} from "". Raises ValueError that names the field, the part and what is legal."""
     sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, _, size = part.strip().partition("=")
         if name not in AXES:
-            raise ValueError(f"mesh={text!r}: axis {name!r} is not supported in this version; legal: {', '.join(AXES)}")
+            raise ValueError(f"{field}={text!r}: axis {name!r} is not supported in this version; legal: {', '.join(AXES)}")
         if name in sizes:
-            raise ValueError(f"mesh={text!r}: axis {name!r} is there twice")
+            raise ValueError(f"{field}={text!r}: axis {name!r} is there twice")
         if not (size.isascii() and size.isdecimal() and len(size) < 10 and int(size)):
-            raise ValueError(f"mesh={text!r}: {name} must be an integer >= 1")
+            raise ValueError(f"{field}={text!r}: {name} must be an integer >= 1")
         sizes[name] = int(size)
     return sizes
 

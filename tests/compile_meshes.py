@@ -1,8 +1,8 @@
 """Compiles the step programs of large models, whole, for the meshes of TPUs that serve them: `compile_matrix.py --meshes`.
 
 Asked of each program: it fits the memory of a chip; the cache is updated in place, and temporaries grow with twice the pages by under 1% of
-what the cache grows; no collective moves a weight; and a dense layer has at most two sums over devices (a sum is two halves: a
-reduce-scatter and an all-gather), a layer of experts no more beside the exchange of its tokens.
+what the cache grows; no collective moves a weight; and a layer has at most two sums over devices (a sum is two halves: a reduce-scatter
+and an all-gather), one of experts no more beside the exchange of its tokens, but one for an expert that all tokens share.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HALVES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 
 class Found(NamedTuple):
     """Bytes of one chip: weights and cache, all that a step needs at once, what it has beside its arguments, the cache, and how much of its
-    results lies where its arguments do. halves: of a layer (one under the scan, the most of the others); kinds: its collectives;
+    results lies where its arguments do. halves: of a layer (one under the scan, the most of the others), and how many are allowed; kinds: its collectives;
     moved: the most numbers that one collective gives."""
 
     weights: int
@@ -36,6 +36,7 @@ class Found(NamedTuple):
     cache: int
     aliased: int
     halves: float
+    allowed: int
     kinds: Counter
     moved: int
 
@@ -92,7 +93,7 @@ def compiled(model: str, kind: str, pages: int = PAGES) -> Found:
     moved = max(math.prod(shape) for each in found if each.kind not in EXCHANGE for shape in each.shapes)
     cache = held(programs.shapes[1])
     sizes = (held(programs.shapes[0]), needed, memory.temp_size_in_bytes, cache, memory.alias_size_in_bytes)
-    return Found(*sizes, max(halves(layer), before), Counter(each.kind for each in layer), moved // (tokens * c.hidden_size))
+    return Found(*sizes, max(halves(layer), before), 6 if c.shared_intermediate_size else 4, Counter(each.kind for each in layer), moved // (tokens * c.hidden_size))
 
 
 def memory_of(topology: str) -> int:
@@ -122,7 +123,7 @@ def row(model: str, kind: str, once: bool) -> tuple[bool, str]:
         *(["does not fit"] if large.needed > room else []),
         *(["a second cache"] if growth >= 1 else []),
         *(["the cache is not updated in place"] if small.aliased < small.cache or large.aliased < large.cache else []),
-        *(["more than two sums a layer"] if small.halves > 4 else []),
+        *(["too many sums a layer"] if small.halves > small.allowed else []),
         *(["weights are moved"] if small.moved > 1 else []),
     ]
     sizes = f"{small.weights / 1e9:7.2f} {large.cache / 1e9:5.2f} {large.needed / 1e9:7.2f} {room / 1e9:5.1f}"
