@@ -341,8 +341,8 @@ class EngineConfig:
     matrices of the layers, by output channel and in groups of 128 (64, 32) inputs; "mxfp4" to floats of 4 bits in groups of 32 (OCP
     Microscaling Formats), "mxfp4_experts" those of experts alone, which is gpt-oss as published; "fp8" to float8_e4m3fn by output channel;
     "w8a8" and "w8a8_fp8" are int8 and fp8 with tokens rounded to the same. quantize_head: the output head too (tokens are not rounded
-    there); an embedding that is also the head stays as it is for tokens to be looked up. prefill_mesh: prompts are processed on devices of
-    their own, this mesh of them, and their keys and values handed over to those of `mesh`, which decode ("tp=1": one; "": the same do both)."""
+    there); an embedding that is also the head stays as it is for tokens to be looked up. prefill_mesh: prompts are
+    processed on this mesh of devices of their own, and handed over to those of `mesh`, which decode ("tp=1": one; "": the same do both)."""
 
     slots: int = 8
     context: int | None = None

@@ -1,10 +1,10 @@
-"""Prompts on devices of their own: one engine computes them and draws their first tokens, another goes on from there. What it is asked is
-what an Engine is asked. So a long prompt delays nobody's next token, and each mesh may suit what is done on it: Splitwise (arXiv 2311.18677),
-DistServe (arXiv 2401.09670).
+"""Prompts on devices of their own: one engine computes them and draws their first tokens, another goes on from there. What it is asked
+is what an Engine is asked. So a long prompt delays nobody's next token, and each mesh may suit what is done on it: Splitwise (arXiv
+2311.18677), DistServe (arXiv 2401.09670).
 
-Pages go from devices to devices, when the second engine has room: gathered to an array of a fixed number of them, copied, and put in their
-places in the other cache; the host sends only their numbers. What that cache has already, by its hash, is not sent. A sequence that loses its
-pages there goes back to the first engine, as a longer prompt.
+Pages go from devices to devices, when the second engine has room: gathered to an array of a fixed number of them, copied, and put in
+their places in the other cache; the host sends only their numbers. What that cache has already, by its hash, is not sent. A sequence that
+loses its pages there goes back to the first engine, as a longer prompt.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class _Carrier:
         shape = lambda engine: dict(engine.target.mesh.shape) if engine.target.mesh is not None else {}
         self.alike = shape(source) == shape(to)
         self.size = max(1, min(to.declared.pages, to.settings.chunk // to.settings.page_size))  # pages a copy
-        # Between meshes of one shape each device has its counterpart. Else all of the pages go to every device of the other, key-value heads
+        # Between meshes of one shape each device has its counterpart. Else all pages go to every device of the other, key-value heads
         # as a checkpoint has them.
         stored = source._stored.num_kv_heads
         self._every, self._copies = (1, 1) if self.alike else (source.c.num_kv_heads // stored, to.c.num_kv_heads // stored)
@@ -170,7 +170,7 @@ def _lift(cache: Any, ids: jax.Array, every: int) -> Any:
 
 
 def _put(cache: Any, came: Any, ids: jax.Array, copies: int) -> Any:
-    """The cache with what `_lift` gave as its pages ids [G, N] (-1: nowhere), each key-value head `copies` times. Page by page, in place."""
+    """The cache with what `_lift` gave as its pages ids [G, N] (-1: nowhere), each key-value head `copies` times. By page, in place."""
     came = jax.tree.map(lambda x: _heads(x, lambda x, axis: jnp.repeat(x, copies, axis)), came)
 
     def put(n: jax.Array, cache: Any) -> Any:

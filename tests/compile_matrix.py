@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import compile_meshes
 
 from llminfer.bench.kernels import AOT, TOPOLOGIES

@@ -26,9 +26,9 @@ HALVES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 
 
 class Found(NamedTuple):
-    """Bytes of one chip: weights and cache, all that a step needs at once, what it has beside its arguments, the cache, and how much of its
-    results lies where its arguments do. halves: of a layer (one under the scan, the most of the others), and how many are allowed; kinds: its collectives;
-    moved: the most numbers that one collective gives."""
+    """Bytes of one chip: weights, all that a step needs at once, what it has beside its arguments, the cache, and how much of its results
+    lies where its arguments do. halves: of a layer (one under the scan, the most of the others), and how many are allowed (of a share of the tokens: that share); kinds: its
+    collectives; moved: the most numbers that one collective gives, in batches of hidden states."""
 
     weights: int
     needed: int
@@ -87,13 +87,20 @@ def compiled(model: str, kind: str, pages: int = PAGES) -> Found:
     layer = [each for each in found if each.inside == max(deep, key=deep.__getitem__)]
     others = [each for each in found if each.inside in deep and each not in layer]
     of_tokens = lambda each: math.prod(each.shapes[0]) % c.hidden_size == 0  # flat, where XLA gathers by a sum
-    halves = lambda some: sum(HALVES.get(each.kind, 0) for each in some if of_tokens(each))
+    share = lambda each: 1 if each.kind == "reduce-scatter" else math.prod(each.shapes[0]) / (tokens * c.hidden_size)
+    halves = lambda some: sum(HALVES.get(each.kind, 0) * share(each) for each in some if of_tokens(each))
     leading = len(programs.shapes[0].listed)
     before = (halves(others) - 2) / leading if leading else 0  # the embedding's sum is among them
     moved = max(math.prod(shape) for each in found if each.kind not in EXCHANGE for shape in each.shapes)
     cache = held(programs.shapes[1])
     sizes = (held(programs.shapes[0]), needed, memory.temp_size_in_bytes, cache, memory.alias_size_in_bytes)
-    return Found(*sizes, max(halves(layer), before), 6 if c.shared_intermediate_size else 4, Counter(each.kind for each in layer), moved // (tokens * c.hidden_size))
+    return Found(
+        *sizes,
+        max(halves(layer), before),
+        6 if c.shared_intermediate_size else 4,
+        Counter(each.kind for each in layer),
+        moved // (tokens * c.hidden_size),
+    )
 
 
 def memory_of(topology: str) -> int:
@@ -106,7 +113,9 @@ def memory_of(topology: str) -> int:
     return chip["hbm_bytes"] // chip["devices"]
 
 
-HEADER = "model          on         mesh        program weights cache  needed of GB  temp MB with 2P growth% aliased halves  seconds  a layer's"
+HEADER = (
+    "model          on         mesh        program weights cache  needed of GB  temp MB with 2P growth% aliased halves  seconds  a layer's"
+)
 
 
 def row(model: str, kind: str, once: bool) -> tuple[bool, str]:

@@ -195,3 +195,32 @@ def test_a_deadline_ends_a_sequence_wherever_it_is() -> None:
     assert runs.finish is waits.finish is FinishReason.ABORT and not pages.under_way
     serve(scheduler)
     assert stays.finish is FinishReason.LENGTH and pages.free == pages.total
+
+
+def test_what_is_computed_elsewhere_gets_the_pages_that_are_still_seen() -> None:
+    """100 tokens, the window sees those from 80 on and the first 10; four pages are found."""
+    windows, sinks = (0, 20), (0, 10)
+    for found in (0, 4):
+        pages = Pages(windows, (20, 20), PAGE, prefix_cache=True, sinks=sinks)
+        prompt = list(range(1, 101))
+        if found:
+            other = sequence(prompt[: found * PAGE + 1])
+            other.pages = [[], []]
+            assert pages.reserve(other, found * PAGE)
+            pages.computed(other, found * PAGE)
+            pages.release(other)
+        seq = sequence(prompt)
+        assert pages.match(seq) == found * PAGE
+        assert pages.adopt(seq, 99, ahead=100)
+        check(pages, [seq])
+        full, sliding = seq.pages
+        assert len(full) == 13 and min(full) >= 0
+        assert len(sliding) == 13 and [i for i, page in enumerate(sliding) if page >= 0] == [0, 1, 10, 11, 12]
+        pages.computed(seq, 99)
+        pages.release(seq)
+        check(pages, [seq])
+    small = Pages(windows, (20, 4), PAGE, prefix_cache=True, sinks=sinks)
+    seq = sequence(prompt)
+    assert small.match(seq) == 0 and not small.adopt(seq, 99, ahead=100)
+    small.release(seq)
+    check(small, [seq])

@@ -3,6 +3,7 @@ does not depend on the pool, and quantized weights and experts are not copied ou
 
 from __future__ import annotations
 
+import compile_meshes
 import pytest
 from compile_matrix import row
 
@@ -23,5 +24,13 @@ pytestmark = pytest.mark.tpu_compile
 )
 def test_step_compiles_in_place(chip: str, model: str, quantize: str | None, kind: str, once: bool) -> None:
     good, line = row(chip, model, quantize, kind, once)
+    print(line)
+    assert good, line
+
+
+@pytest.mark.parametrize(("model", "once"), [("llama3_70b", False), ("mixtral_8x22b", True)])
+def test_large_models_compile_for_their_meshes(model: str, once: bool) -> None:
+    """Whole, for chips that hold them: two sums a layer, no weight moved. The others: compile_matrix.py --meshes."""
+    good, line = compile_meshes.row(model, "decode", once)
     print(line)
     assert good, line
