@@ -66,7 +66,8 @@ class LLM:
         self.target = engines[0].target
         self.engine: Any = engines[0] if len(engines) == 1 else Replicas(engines)
         if self._prefill_axes:
-            self.engine = Disaggregated(*engines, lambda: None if self.checkpoint.random else self.checkpoint.leaves(progress))
+            again = lambda: None if self.checkpoint.random else self.checkpoint.leaves(progress)
+            self.engine = Disaggregated(engines[0], engines[1], again)
 
     # Prompts ----------------------------------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ class Disaggregated(Replicas):
         under_way = {id(item.seq) for plan in ours.unread for item in plan.items}
         done = [s for s in ours.running if s.output and s.length - s.computed == 1 and not s.pending and id(s) not in under_way]
         for seq in done:
-            kept = dict(slot=seq.slot, pages=seq.pages, hashes=seq.hashes, findable=seq.findable)
+            kept: dict[str, Any] = dict(slot=seq.slot, pages=seq.pages, hashes=seq.hashes, findable=seq.findable)
             self._held[seq] = Sequence(seq.request, seq.index, seq.key, **kept)
             ours.running.remove(seq)
             seq.slot, seq.pages, seq.findable, seq.elsewhere = -1, [], 0, seq.computed

@@ -81,7 +81,8 @@ def experts(x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Tar
         return _with(split(x, weights, chosen, held, layer), shared)
     # Else XLA cuts all that has to do with tokens into shares, and moves the pieces of a batch about at each step.
     put = lambda x, spec: lax.with_sharding_constraint(x, jax.sharding.NamedSharding(target.mesh, spec))
-    y = split(*(put(each, every) for each in (x, weights, chosen)), held, layer)
+    x, weights, chosen = (put(each, every) for each in (x, weights, chosen))
+    y = split(x, weights, chosen, held, layer)
     # A sum of which each device gets the rows that it has the rest of: half of what a sum for all moves.
     return put(_with(y, None if shared is None else put(shared, rows)), every)
 
