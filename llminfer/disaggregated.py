@@ -164,9 +164,16 @@ def _places(shapes: Any) -> Any:
 
 
 def _lift(cache: Any, ids: jax.Array, every: int) -> Any:
-    """Pages ids [G, N] (-1: any) of a cache, one of `every` equal key-value heads: a tree like the cache, [layers, N, ...]."""
-    take = lambda group, i: jax.tree.map(lambda x: _heads(x[:, jnp.maximum(ids[i], 0)], lambda x, axis: _one_of(x, axis, every)), group)
-    return type(cache)(tuple(take(group, i) for i, group in enumerate(cache.groups)))
+    """Pages ids [G, N] (-1: any) of a cache, one of `every` equal key-value heads: a tree like the cache, [layers, N, ...]. Page by page:
+    for a gather XLA copies the whole cache of one head on a TPU."""
+
+    def take(x: jax.Array, ids: jax.Array) -> jax.Array:
+        one = lambda i: lax.dynamic_slice_in_dim(x, jnp.maximum(ids[i], 0), 1, axis=1)
+        put = lambda i, out: lax.dynamic_update_slice_in_dim(out, one(i), i, axis=1)
+        out = lax.fori_loop(0, ids.shape[0], put, jnp.zeros((x.shape[0], ids.shape[0], *x.shape[2:]), x.dtype))
+        return _heads(out, lambda x, axis: lax.slice_in_dim(x, 0, None, every, axis))
+
+    return type(cache)(tuple(jax.tree.map(lambda x, i=i: take(x, ids[i]), group) for i, group in enumerate(cache.groups)))
 
 
 def _put(cache: Any, came: Any, ids: jax.Array, copies: int) -> Any:
@@ -188,7 +195,3 @@ def _put(cache: Any, came: Any, ids: jax.Array, copies: int) -> Any:
 def _heads(x: jax.Array, change: Any) -> jax.Array:
     """Pages [layers, N, heads, page, lanes], or scales [layers, N, 2 * heads] (the two of a head side by side), with other heads."""
     return change(x, 2) if x.ndim == 5 else change(x.reshape(*x.shape[:2], -1, 2), 2).reshape(*x.shape[:2], -1)
-
-
-def _one_of(x: jax.Array, axis: int, every: int) -> jax.Array:
-    return lax.slice_in_dim(x, 0, None, every, axis)

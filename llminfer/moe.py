@@ -20,6 +20,7 @@ from llminfer.target import Target
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.weight_formats import LANES
 
+MOST_V5E = 16  # chips of a v5e slice whose compiler knows the ragged exchange
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu", "clamped": "clamped"}  # of ModelConfig -> of grouped_matmul
 
 
@@ -126,6 +127,8 @@ def _own_experts(x, weights, chosen, held: list[Any], layer, first, *, c: ModelC
 def exchanges(c: ModelConfig, target: Target) -> bool:
     """Whether tokens are sent to their experts, where they can be dealt out. All of them are on every device: a sum over n devices moves
     each 2 * (n - 1) / n times, an exchange k / n times there and back, and once more to where it is wanted."""
+    if target.chip == "v5e" and target.mesh is not None and target.mesh.size > MOST_V5E:
+        return False
     return bool(target.exchange) and target.ways("experts") > 2 * c.experts_per_token > 0
 
 

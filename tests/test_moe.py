@@ -154,8 +154,11 @@ def test_tokens_are_sent_to_their_experts(each: int, axes: dict[str, int]) -> No
         x = x * 0.1 + x[:1] if batch % 2 else x
         x[~live] = np.nan
         check(c, target, x, live, *weights(batch), stacked=batch == 3)
-    text = compiled(c, target).lower(x, live, layer(*(jnp.asarray(w) for w in weights()))).compile().as_text()
-    assert {each.kind for each in collectives(text)} >= {"all-to-all"}
+    (router, gate_up, down), shared = map(jnp.asarray, weights()), np.ones((16, C.hidden_size), np.float32)
+    made, placed = (layer(router, put(gate_up), down) for put in (lambda w: w, Halves(target.ways("expert_mlp"))))
+    program = compiled(c, target).lower(x, live, placed, shared=shared).compile()
+    assert {each.kind for each in collectives(program.as_text())} >= {"all-to-all"}
+    np.testing.assert_allclose(program(x, live, placed, shared=shared), compiled(c, CPU)(x, live, made) + 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
