@@ -179,7 +179,7 @@ class Engine:
             self._scoring, self.scheduler.hold = None, False
         except NoRoom:
             self._scoring, self.scheduler.hold = None, True
-            if not self.scheduler.running:
+            if len(self.scheduler.free_slots) == self.settings.slots:
                 raise
 
     def _regime(self, length: int) -> str:
