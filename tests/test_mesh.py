@@ -73,10 +73,10 @@ class Given:
             yield name, drawn if spec.init == "normal" else np.full(spec.shape, spec.init == "ones", np.float32)
 
 
-def model_of(c: ModelConfig, mesh: str, **settings: Any) -> LLM:
+def model_of(c: ModelConfig, mesh: str, given: Any = Given, **settings: Any) -> LLM:
     """With pages for less than the two long prompts and what they become, and chunks shorter than those."""
     fixed = dict(slots=2, context=64, chunk=16, page_size=8, pages=11, dtype="float32", decode_steps=4, debug=True)
-    with mock.patch("llminfer.api.open_model", lambda *_: Given(c)):
+    with mock.patch("llminfer.api.open_model", lambda *_: given(c)):
         return LLM(mesh=mesh, expect=lambda _: (0, 0), **fixed | settings)
 
 
