@@ -188,8 +188,8 @@ def rows_of(c: ModelConfig, params: Params) -> tuple[list[np.ndarray], list[np.n
 
 def mover(shapes: Params, c: ModelConfig, target: Target) -> Any:
     """The lowered program that gives slots the experts of others: (`expert_leaves`, which it takes the place of; `sources`) to
-    `expert_leaves`. One layer after the other, one slot of each device at a time: beside the weights there is room for one layer's, and
-    for two experts for each device. shapes: ShapeDtypeStructs of the weights, with shardings."""
+    `expert_leaves`. One layer after the other, one slot of each device at a time: beside the weights there is room for twice one layer's,
+    however many layers there are. shapes: ShapeDtypeStructs of the weights, with shardings."""
     leaves, (stacks, singles) = expert_leaves(shapes), rows_of(c, shapes)
     axis, ways = target.over("experts"), target.ways("experts")
 

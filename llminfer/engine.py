@@ -76,10 +76,10 @@ class Engine:
             placement.abstract_params(c, settings, target),
             placement.abstract_cache(c, settings, target, totals),
             placement.abstract_history(settings, target, self.context),
-            placement.abstract_routing(c, target),
         )
         self.declared = Declared(settings, target, self.pages.pages_for(self.context), len(c.groups))
-        self.programs = Programs(self.c, target, self._shapes, settings.decode_steps, progress)
+        routing = placement.abstract_routing(c, target)
+        self.programs = Programs(self.c, target, self._shapes, settings.decode_steps, progress, routing)
         self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shapes[1]))
         self.weights_bytes = 0
         self._params: Any = None

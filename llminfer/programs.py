@@ -133,9 +133,10 @@ def _fit(programs: list[Program], tokens: int) -> Program:
 class Programs:
     """Compiles `wanted` in the background, in that order, and anything else of its kinds when it is asked for."""
 
-    def __init__(self, c: ModelConfig, target: Target, shapes: tuple[Any, Any, Any, Any], most: int, progress: Any = None):
-        """shapes: abstract (weights, cache, history, routing or None); most: the longest decode loop."""
-        self.c, self.target, self.shapes, self.most = c, target, shapes, most
+    def __init__(self, c: ModelConfig, target: Target, shapes: tuple[Any, Any, Any], most: int, progress: Any = None, routing: Any = None):
+        """shapes: abstract (weights, cache, history); most: the longest decode loop; routing: `placement.abstract_routing`, None where
+        tokens of experts are not counted."""
+        self.c, self.target, self.shapes, self.most = c, target, (*shapes, routing), most
         self.seconds: dict[Program, float] = {}
         self.progress = progress
         self._futures: dict[Program, Future] = {}
