@@ -269,7 +269,7 @@ def _bound(logits: jax.Array, top: jax.Array, s: SamplingBatch, target: Target |
 
 def _sums(logits: jax.Array, least: jax.Array, weight: jax.Array) -> jax.Array:
     """Of each row, the sums [R, n] of the weights [R, V] of ids whose logit is at least least [R, n]."""
-    return jnp.sum(jnp.where(logits[:, :, None] >= least[:, None], weight[:, :, None], 0), axis=1)
+    return jnp.sum(jnp.where(logits[:, None] >= least[:, :, None], weight[:, None], 0), axis=-1)
 
 
 def _largest_bound(measure: Callable[[jax.Array], jax.Array], least: jax.Array, bits: int = 1) -> jax.Array:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from tiny_model import write_model
 
-from llminfer import LLM, SamplingParams
+from llminfer import LLM, SamplingParams, placement
 from llminfer.arrange import arrangement, on_mesh
 from llminfer.config import EngineConfig, ModelConfig, from_toml
 from llminfer.engine import Engine
 from llminfer.params import param_specs
 from llminfer.replicas import Replicas
 from llminfer.target import Target
+from llminfer.weights import assemble, open_model
 from llminfer.weights.assemble import leaves_of
 from sharding.collectives import collectives
 from sharding.mesh import make_meshes, parse_mesh
@@ -133,6 +137,24 @@ def test_collectives_are_found_in_xlas_text() -> None:
     found = collectives(text)
     assert [(each.kind, each.shapes) for each in found] == [("all-reduce", ((8, 128),)), ("all-gather", ((2,), ()))]
     assert collectives(text, "mlp") == found[1:] and collectives(text, "attn") == []
+
+
+def test_a_host_holds_a_few_tensors_while_it_loads_a_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the ten of their sizes, three: what is read, put in order and cut in parts. What lies on devices is not NumPy's, and not counted."""
+    monkeypatch.setattr(assemble, "AHEAD_BYTES", 0)
+    checkpoint = open_model(str(write_model(tmp_path / "tiny", tokenizer=False)))
+    ((mesh, _),) = make_meshes({"ep": 2, "tp": 4}, jax.devices())
+    target = placement.fitted(checkpoint.config, EngineConfig(), Target.of("cpu", mesh=mesh))
+    tracemalloc.start()
+    weights = placement.load_params(checkpoint.leaves(), checkpoint.config, EngineConfig(), target)
+    after, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    assert placement.tree_bytes(weights) > 10 * largest and peak - after < 3.5 * largest
+    parts = dict.fromkeys(mesh.devices.flat, 0)
+    for shard in (shard for leaf in jax.tree.leaves(weights) for shard in leaf.addressable_shards):
+        parts[shard.device] += shard.data.nbytes
+    assert max(parts.values()) < placement.tree_bytes(weights) / 7.5  # all but norms is split
 
 
 @pytest.mark.parametrize("qk_norm", ["head", "heads", "full"])
