@@ -61,7 +61,7 @@ def lowered(model: str, kind: str, pages: int) -> tuple[Any, Any, Any, int]:
     target = placement.fitted(c, Target.of("tpu", chip=chip_of(first), mesh=there))
     cache = placement.abstract_cache(c, settings, target, (pages,) * len(c.groups))
     shapes = (placement.abstract_params(c, settings, target), cache, placement.abstract_history(settings, target, CONTEXT))
-    programs = Programs(on_mesh(c, target), target, shapes, most=32)
+    programs = Programs(on_mesh(c, target), target, shapes, most=32, routing=placement.abstract_routing(c, target))
     tokens = SLOTS if kind == "decode" else CHUNK + SLOTS
     return programs, programs.lower(Program(kind, BatchShape(tokens, SLOTS, CONTEXT // PAGE, len(c.groups)))), c, tokens
 
