@@ -8,14 +8,28 @@ import jax
 import numpy as np
 import pytest
 from test_config import refusal
-from test_mesh import GREEDY, PARAMS, PROMPTS, model_of, served
 
-from llminfer import LLM
+from llminfer import LLM, SamplingParams
 from llminfer.cache import KVCache, ScaledPages
 from llminfer.disaggregated import Disaggregated, _lift, _put
 from llminfer.request import FinishReason
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+PROMPTS = [[(7 * i + i * j + j) % 500 + 3 for i in range(length)] for j, length in enumerate((41, 33, 5))]
+GREEDY = SamplingParams(max_tokens=10, ignore_eos=True, logprobs=2)
+DRAWN = SamplingParams(max_tokens=10, ignore_eos=True, temperature=1.0, top_k=40, repetition_penalty=1.2, logit_bias={7: 1.0}, seed=5)
+PARAMS = [GREEDY, DRAWN, SamplingParams(max_tokens=10, ignore_eos=True, min_tokens=3, presence_penalty=0.5)]
+
+
+def model_of(model: str, mesh: str = "", prefill_mesh: str = "") -> LLM:
+    """With pages for less than the two long prompts and what they become, and chunks shorter than those."""
+    fixed = dict(slots=2, context=64, chunk=16, page_size=8, pages=11, dtype="float32", decode_steps=4, debug=True)
+    return LLM(f"config:{model}", mesh=mesh, prefill_mesh=prefill_mesh, expect=lambda _: (0, 0), **fixed)
+
+
+def served(llm: LLM) -> list[Any]:
+    """What each prompt gives: twice, the second time with prefixes that are found in the cache."""
+    return [[(output.token_ids, output.logprobs) for output in llm.generate(PROMPTS, PARAMS)] for _ in range(2)]
 
 
 def free_everywhere(llm: LLM) -> bool:
@@ -27,15 +41,17 @@ def free_everywhere(llm: LLM) -> bool:
 @pytest.mark.parametrize(("model", "mesh", "prefill_mesh"), [("tiny", "tp=4", "tp=1"), ("tiny_window", "", "tp=1")])
 def test_tokens_are_those_of_one_engine(model: str, mesh: str, prefill_mesh: str) -> None:
     """With prefixes that are found, sequences that are preempted, penalties and log-probabilities; then with aborts."""
-    wanted = served(model, "")
-    llm = model_of(model, mesh, prefill_mesh=prefill_mesh)
+    one = model_of(model)
+    wanted = served(one)
+    one.close()
+    llm = model_of(model, mesh, prefill_mesh)
     assert isinstance(llm.engine, Disaggregated)
     prefill, decode = llm.engine.engines
-    for run in wanted:
-        for output, (tokens, told) in zip(llm.generate(PROMPTS, PARAMS), run, strict=True):
-            assert output.token_ids == tokens
-            for one, other in zip(output.logprobs or [], told or [], strict=True):
-                np.testing.assert_allclose(list(one.values()), [other[token] for token in one], atol=1e-4)
+    for run, found in zip(wanted, served(llm), strict=True):
+        for (expected, said), (tokens, told) in zip(run, found, strict=True):
+            assert tokens == expected
+            for mine, other in zip(told or [], said or [], strict=True):
+                np.testing.assert_allclose(list(mine.values()), [other[token] for token in mine], atol=1e-4)
     stats = llm.stats()
     assert prefill.stats()["decode_loops"] == 0 and decode.stats()["mixed_steps"] == 0
     assert stats["compiles_after_warmup"] == 0 and stats["preemptions"] > 0 and stats["prefix_hit_tokens"] > 0
