@@ -108,6 +108,15 @@ class Engine:
         self._cache = kv.allocate(self._shapes[1], poison=self.settings.debug)
         self._history = placement.zeros(self._shapes[2])
 
+    @property
+    def embedding_bytes(self) -> int:
+        """Of the table in which tokens are looked up: a step reads a row of it for each token."""
+        return placement.tree_bytes(self._params.embed)
+
+    def bytes_per_token(self, group: int) -> float:
+        """Bytes of the cache that a token takes in all layers of page group `group`."""
+        return placement.tree_bytes(self._shapes[1].groups[group]) / (self.pages.groups[group].total * self.settings.page_size)
+
     # Requests ---------------------------------------------------------------------------------------------------
 
     def check(self, prompt: Iterable[int], params: SamplingParams) -> list[int]:
