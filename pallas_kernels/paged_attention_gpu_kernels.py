@@ -86,11 +86,20 @@ def _new(refs, spec: Spec, name: str, place, mask=None):
     x = _get(refs["q"], (token, first, lane), mask)
     if name == "v" or not spec.rotary:
         return x
-    turned, half = lane < spec.rotary, spec.rotary // 2
-    other = jnp.where(turned, jnp.where(lane < half, lane + half, lane - half), lane)
-    shared = turned if mask is None else turned & mask
-    cos, sin = (_get(refs[by], (token, jnp.where(turned, lane, 0)), shared, rest) for by, rest in (("cos", 1), ("sin", 0)))
+    turned, place, shared = lane < spec.rotary, lane, mask
+    if spec.rotary < spec.lanes:
+        place, shared = jnp.where(turned, lane, 0), turned if mask is None else turned & mask
+    other = jnp.broadcast_to(_other_half(spec), lane.shape)
+    cos, sin = (_get(refs[by], (token, place), shared, rest) for by, rest in (("cos", 1), ("sin", 0)))
     return (x.astype(jnp.float32) * cos + _get(refs["q"], (token, first, other), mask).astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def _other_half(spec: Spec):
+    """The lane with which each is rotated. Triton is told how many follow each other, or it would read them one by one."""
+    lane, half = jnp.arange(spec.lanes), spec.rotary // 2
+    other = jnp.where(lane < spec.rotary, jnp.where(lane < half, lane + half, lane - half), lane)
+    run = half & -half
+    return plgpu.max_contiguous(pl.multiple_of(other, [run]), [run])
 
 
 def _lanes(spec: Spec, number: int):
@@ -191,14 +200,33 @@ def decode_kernel(refs, spec: Spec):
         inside = (token >= low) & (token < end)
         return _attend(refs, spec, q, where, block, sums, inside, inside[None])
 
-    sums = jnp.full(group.shape, NEG, jnp.float32), jnp.zeros(group.shape, jnp.float32), jnp.zeros(q.shape, jnp.float32)
+    sums = _begin(refs, spec, heads, mine, q.shape)
     sums = lax.fori_loop(share(split), share(split + 1), step, sums)
     top, total, acc = _join(refs, spec, q, row, head, at, pos, (split == 0) & (new == 1), sums) if spec.write else sums
     each = lambda x: jnp.full(group.shape, x)
+    if spec.sizes.splits == 1:
+        return _finish(refs, spec, (each(at), heads), (top, total, acc), mine & (new == 1))
     plgpu.store(refs["top"].at[each(row), heads, each(split)], top, mask=mine)
     plgpu.store(refs["sum"].at[each(row), heads, each(split)], total, mask=mine)
     place = (spread(row), spread(heads[:, None]), spread(split), spread(lane[None]))
     plgpu.store(refs["acc"].at[place], acc, mask=_both(mine, real))
+
+
+def _begin(refs, spec: Spec, heads, mine, shape):
+    """Running sums before any token: a head's own logit, where there is one, counts as seen."""
+    empty = jnp.zeros(shape, jnp.float32)
+    if "logits" not in refs:  # or they are merged later
+        return jnp.full(shape[:1], NEG, jnp.float32), jnp.zeros(shape[:1], jnp.float32), empty
+    return _get(refs["logits"], (heads,), mine) * (_LOG2E / spec.unit), jnp.ones(shape[:1], jnp.float32), empty
+
+
+def _finish(refs, spec: Spec, rows, sums, live, names=("out", "lse")) -> None:
+    """Rows of the result, and their sums' logarithms, where they belong. rows: token and head of each."""
+    (top, total, acc), (lane, real) = sums, (jnp.arange(spec.lanes), _lanes(spec, 0)[1])
+    place = tuple(jnp.broadcast_to(x, acc.shape) for x in (*(x[:, None] for x in rows), lane[None]))
+    out, lse = (refs[name] for name in names)
+    plgpu.store(out.at[place], (acc * (1 / total)[:, None]).astype(out.dtype), mask=_both(live, real))
+    plgpu.store(lse.at[rows], top * (spec.unit / _LOG2E) + jnp.log(total), mask=live)
 
 
 def _join(refs, spec: Spec, q, row, head, at, pos, first, sums):
@@ -302,11 +330,17 @@ def merge_kernel(refs, spec: Spec):
     out = (jnp.sum(acc * keep[:, None], axis=0) / total).astype(refs["out"].dtype)
     plgpu.store(refs["out"].at[each(token), each(head), lane], out, mask=each(alone) if real is None else real & alone)
     plgpu.store(refs["lse"].at[token, head], best * (spec.unit / _LOG2E) + jnp.log(total), mask=alone)
-    _blank(refs, spec, head, number - rows)
+    _blank(refs, spec, head, head + 1, number - rows)
 
 
-def _blank(refs, spec: Spec, head, block):
-    """Zeros in one block of rows, in those that no sequence has; a negative block is none."""
+def blank_kernel(refs, spec: Spec):
+    """Zeros into those of BLANKS rows that are nobody's, for one kv head's queries."""
+    first = pl.program_id(0) * spec.group
+    _blank(refs, spec, first, first + spec.group, pl.program_id(1))
+
+
+def _blank(refs, spec: Spec, first, last, block):
+    """Zeros in one block of rows, in those that no sequence has, for query heads from `first` to `last`; a negative block is none."""
     rows, lane, (_, real) = refs["new"].shape[0], jnp.arange(spec.lanes), _lanes(spec, 0)
     token = block * BLANKS + jnp.arange(BLANKS)
 
@@ -319,9 +353,14 @@ def _blank(refs, spec: Spec, head, block):
     owned = lax.fori_loop(0, (block >= 0).astype(jnp.int32) * -(-rows // BLANKS), look, jnp.zeros((BLANKS,), jnp.int32))
     free = (token >= 0) & (token < refs["out"].shape[0]) & (owned == 0)
     spread = lambda x: jnp.broadcast_to(x, (BLANKS, spec.lanes))
-    place = (spread(token[:, None]), spread(head), spread(lane[None]))
-    plgpu.store(refs["out"].at[place], jnp.zeros(place[0].shape, refs["out"].dtype), mask=_both(free, real))
-    plgpu.store(refs["lse"].at[token, jnp.full(token.shape, head)], jnp.full(token.shape, -jnp.inf), mask=free)
+
+    def clear(head, _):
+        place = (spread(token[:, None]), spread(head), spread(lane[None]))
+        plgpu.store(refs["out"].at[place], jnp.zeros(place[0].shape, refs["out"].dtype), mask=_both(free, real))
+        plgpu.store(refs["lse"].at[token, jnp.full(token.shape, head)], jnp.full(token.shape, -jnp.inf), mask=free)
+        return _
+
+    lax.fori_loop(first, jnp.where(jnp.max(free.astype(jnp.int32)) > 0, last, first), clear, 0)
 
 
 def chunk_kernel(refs, spec: Spec):
@@ -336,6 +375,12 @@ def chunk_kernel(refs, spec: Spec):
     spread = lambda x: jnp.broadcast_to(x, (len(index), spec.lanes))
     place = (spread((refs["start"][row] + token)[:, None]), spread(heads[:, None]), spread(lane[None]))
     q = _new(refs, spec, "q", place, _both(live, real)).astype(spec.dtype)
+    if spec.rotary and not spec.interpret:
+        # Triton keeps what it has computed in registers for all products, of which there are too few, and what it has read in shared
+        # memory. So the rotated queries are written to where the result will be, and read.
+        plgpu.store(refs["made"].at[place], q.astype(refs["made"].dtype), mask=_both(live, real))
+        plgpu.debug_barrier()
+        q = _get(refs["made"], place, _both(live, real)).astype(spec.dtype)
     lowest = lambda pos: jnp.where(refs["window"][0] > 0, jnp.maximum(pos - refs["window"][0] + 1, 0), 0)
     pos, first = context + token, context + offset
     last = jnp.where(offset < new, context + jnp.minimum(offset + spec.tile, new) - 1, -1)
@@ -343,9 +388,7 @@ def chunk_kernel(refs, spec: Spec):
     begin, stop = lax.div(lowest(first), size), lax.div(last + size, size)
     inner = jnp.minimum(lax.div(lowest(last) + size - 1, size), stop)
     outer = jnp.clip(lax.div(first + 1, size), inner, stop)
-    sums = jnp.full(index.shape, NEG, jnp.float32), jnp.zeros(index.shape, jnp.float32), jnp.zeros(q.shape, jnp.float32)
-    if "logits" in refs:
-        sums = _get(refs["logits"], (heads,), live) * (_LOG2E / spec.unit), jnp.ones(index.shape, jnp.float32), sums[2]
+    sums = _begin(refs, spec, heads, live, q.shape)
     attend = functools.partial(_attend, refs, spec, q, (refs["layer"][0], row, head))
 
     def edge(step, sums):
@@ -355,7 +398,5 @@ def chunk_kernel(refs, spec: Spec):
         return attend(block, sums, (at <= last) & (at >= lowest(first)), seen)
 
     sums = lax.fori_loop(inner, outer, lambda block, sums: attend(block, sums), sums)
-    top, total, acc = lax.fori_loop(0, jnp.maximum(inner - begin, 0) + stop - outer, edge, sums)
-    plgpu.store(refs["made"].at[place], (acc * (1 / total)[:, None]).astype(refs["made"].dtype), mask=_both(live, real))
-    where = (refs["start"][row] + token, heads)
-    plgpu.store(refs["sums"].at[where], top * (spec.unit / _LOG2E) + jnp.log(total), mask=live)
+    sums = lax.fori_loop(0, jnp.maximum(inner - begin, 0) + stop - outer, edge, sums)
+    _finish(refs, spec, (refs["start"][row] + token, heads), sums, live, ("made", "sums"))

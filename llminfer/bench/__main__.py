@@ -88,7 +88,7 @@ def _cases(options: argparse.Namespace) -> dict[str, Any]:
         how: dict[str, Any] = dict(scale=scale, limits=limits, profile=options.profile, progress=progress)
         for row in cases.measure(llm, letters, runs, **how):  # each is said at once: a long run may be cut off
             rows.append(row)
-            lines = [json.dumps(row)] if options.json else cases.table([row], peer) + table(row["profile"]) * options.profile
+            lines = [json.dumps(row)] if options.json else cases.table([row], peer) + (table(row["profile"]) if options.profile else [])
             print("\n".join(lines), flush=True)
     about = _about(llm) | {name: llm.stats()[name] for name in ("compiles_after_warmup", "load_s")} | limits
     if plotted:
