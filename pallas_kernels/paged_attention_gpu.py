@@ -6,8 +6,8 @@
     blank   where each context is one split: zeros into the rows that are nobody's
     merge   where there are more: a program for each sequence and query head: the splits by their maxima and sums; and some for the rows
             that are nobody's
-    write   the new keys and values of sequences with more: a program for each kv head and tile of tokens. XLA's scatter takes six times
-            as long
+    write   the new keys and values of sequences with more, and their queries where they are rotated here: a program for each kv head and
+            tile of tokens. XLA's scatter takes six times as long
     chunks  their attention: a program for each kv head and tile of query rows (tokens x the heads of the group), which goes over the
             context once: blocks that all rows see without masks, then those at the edges
     scaled  in place of what decode writes, where the cache has scales: a page whose scale grows is rounded once more
@@ -145,9 +145,11 @@ def _written(data: dict[str, Any], spec: Spec, q_max: int) -> dict[str, Any]:
     given = _only(data, "table start new total layer") | (_only(data, "q cos sin") if spec.packed else dict(k=k, v=v)) | dict(kv=kv)
     given |= _tiles(data["new"], spec.tile, len(data["q"]), 2 if spec.write else 1)
     outputs = dict(cache=jax.ShapeDtypeStruct(kv.shape, kv.dtype))
+    if spec.packed:
+        outputs |= dict(turned=jax.ShapeDtypeStruct((len(data["q"]), spec.heads * spec.group, dim), data["q"].dtype))
     spec = replace(spec, sizes=Sizes(block=1, warps=4, stages=1))
     made = _call(kernels.write_kernel, given, outputs, (spec.heads, len(given["owner"])), spec, dict(kv="cache"))
-    return found | dict(kv=made["cache"])
+    return found | dict(kv=made.pop("cache")) | made
 
 
 def _decode(data: dict[str, Any], spec: Spec):
@@ -174,7 +176,8 @@ def _decode(data: dict[str, Any], spec: Spec):
 
 def _chunks(data: dict[str, Any], out, lse, spec: Spec):
     """Sequences with more than one new token, into out and lse."""
-    given = _only(data, "q cos sin kv table start new total layer window scales logits") | dict(out=out, lse=lse)
+    given = _only(data, "turned" if spec.packed else "q") | _only(data, "kv table start new total layer window scales logits")
+    given |= dict(out=out, lse=lse)
     given |= _tiles(data["new"], spec.tile, len(out), 2)
     outputs = dict(made=jax.ShapeDtypeStruct(out.shape, out.dtype), sums=jax.ShapeDtypeStruct(lse.shape, lse.dtype))
     found = _call(kernels.chunk_kernel, given, outputs, (spec.heads, len(given["owner"])), spec, dict(out="made", lse="sums"))

@@ -81,8 +81,7 @@ def _new(refs, spec: Spec, name: str, place, mask=None):
     token, head, lane = place
     if not spec.packed:
         return _get(refs[name], place, mask)
-    wide = spec.group + 2
-    first = lax.div(head, spec.group) * wide + lax.rem(head, spec.group) if name == "q" else head * wide + spec.group + (name == "v")
+    first = _packed_head(spec, name, head)
     x = _get(refs["q"], (token, first, lane), mask)
     if name == "v" or not spec.rotary:
         return x
@@ -92,6 +91,13 @@ def _new(refs, spec: Spec, name: str, place, mask=None):
     other = jnp.broadcast_to(_other_half(spec), lane.shape)
     cos, sin = (_get(refs[by], (token, place), shared, rest) for by, rest in (("cos", 1), ("sin", 0)))
     return (x.astype(jnp.float32) * cos + _get(refs["q"], (token, first, other), mask).astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def _packed_head(spec: Spec, name: str, head):
+    """Where a head of queries, among all, or one of keys or values is, in packed rows."""
+    if name == "q":
+        return lax.div(head, spec.group) * (spec.group + 2) + lax.rem(head, spec.group)
+    return head * (spec.group + 2) + spec.group + (name == "v")
 
 
 def _other_half(spec: Spec):
@@ -254,21 +260,50 @@ def _page_of(refs, spec: Spec, row, pos):
 
 
 def write_kernel(refs, spec: Spec):
-    """The new keys and values of one tile of tokens of one sequence into their pages, for one kv head."""
+    """The new keys and values of one tile of tokens of one sequence into their pages, for one kv head; and its queries, where they are
+    packed, to where chunks read them: rotated there, they would be by each of their tiles, in a layout that suits products only."""
     head, number = pl.program_id(0), pl.program_id(1)
     row, offset = refs["owner"][number], refs["offset"][number]
-    index, lane, (_, real) = jnp.arange(power(spec.tile)), jnp.arange(spec.lanes), _lanes(spec, 0)
+    index = jnp.arange(power(spec.tile))
     token = offset + index
     live = (index < spec.tile) & (token < refs["new"][row])
     pos = refs["total"][row] - refs["new"][row] + token
     # Other rows must not meet live ones in a page: the interpreter writes back what it finds there.
     page = _get(refs["table"], (jnp.full(pos.shape, row), lax.div(pos, spec.page)), live, refs["cache"].shape[1])
-    spread = lambda x: jnp.broadcast_to(x, (len(index), spec.lanes))
-    source = (spread((refs["start"][row] + token)[:, None]), spread(head), spread(lane[None]))
-    where = (spread(refs["layer"][0]), spread(page[:, None]), spread(head), spread(lax.rem(pos, spec.page)[:, None]))
+    at, source = (refs["layer"][0], page, head, lax.rem(pos, spec.page)), refs["start"][row] + token
     for name, number in (("k", 0), ("v", 1)):
-        x = _new(refs, spec, name, source, _both(live, real)).astype(refs["kv"].dtype)
-        plgpu.store(refs["cache"].at[(*where, spread(_lanes(spec, number)[0][None]))], x, mask=_both(live, real))
+        for lane, x, mask in _pieces(refs, spec, name, source, head, live):
+            spread = lambda y, x=x: jnp.broadcast_to(y[:, None] if jnp.ndim(y) else y, x.shape)
+            where = (*map(spread, at), jnp.broadcast_to(lane[None] + number * spec.dim, x.shape))
+            plgpu.store(refs["cache"].at[where], x.astype(refs["cache"].dtype), mask=mask)
+    for query in range(spec.group if spec.packed else 0):
+        own = head * spec.group + query
+        for lane, x, mask in _pieces(refs, spec, "q", source, own, live):
+            spread = lambda y, x=x: jnp.broadcast_to(y, x.shape)
+            plgpu.store(refs["turned"].at[spread(source[:, None]), spread(own), spread(lane[None])], x, mask=mask)
+
+
+def _pieces(refs, spec: Spec, name: str, token, head, live):
+    """Rows of new queries, keys or values of one head as (lane, x [rows, lanes], mask): the two halves that are rotated with each
+    other, and the rest, or all in one."""
+    ref, head = (refs["q"], _packed_head(spec, name, head)) if spec.packed else (refs[name], head)
+
+    def piece(first, size, ref, *between):
+        lane = jnp.arange(power(size))
+        mask = _both(live, None if len(lane) == size else lane < size)
+        spread = lambda y: jnp.broadcast_to(y, (len(token), len(lane)))
+        place = (spread(token[:, None]), *map(spread, between), spread(first + lane[None]))
+        return first + lane, _get(ref, place, mask), mask
+
+    if name == "v" or not spec.rotary:
+        return [piece(0, spec.dim, ref, head)]
+    half = spec.rotary // 2
+    (left, a, mask), (right, b, _) = (piece(first, half, ref, head) for first in (0, half))
+    cos, sin = (piece(half, half, refs[by])[1] for by in ("cos", "sin"))  # of the second half, whose sines have their own sign
+    wide = lambda x: x.astype(jnp.float32)
+    made = [(left, wide(a) * cos - wide(b) * sin, mask), (right, wide(b) * cos + wide(a) * sin, mask)]
+    rest = [] if spec.rotary == spec.dim else [piece(spec.rotary, spec.dim - spec.rotary, ref, head)]
+    return [(lane, x.astype(ref.dtype), mask) for lane, x, mask in made] + rest
 
 
 def scaled_kernel(refs, spec: Spec):
@@ -374,13 +409,7 @@ def chunk_kernel(refs, spec: Spec):
     live = (index < spec.tile * spec.group) & (token < new)
     spread = lambda x: jnp.broadcast_to(x, (len(index), spec.lanes))
     place = (spread((refs["start"][row] + token)[:, None]), spread(heads[:, None]), spread(lane[None]))
-    q = _new(refs, spec, "q", place, _both(live, real)).astype(spec.dtype)
-    if spec.rotary and not spec.interpret:
-        # Triton keeps what it has computed in registers for all products, of which there are too few, and what it has read in shared
-        # memory. So the rotated queries are written to where the result will be, and read.
-        plgpu.store(refs["made"].at[place], q.astype(refs["made"].dtype), mask=_both(live, real))
-        plgpu.debug_barrier()
-        q = _get(refs["made"], place, _both(live, real)).astype(spec.dtype)
+    q = _get(refs["turned" if spec.packed else "q"], place, _both(live, real)).astype(spec.dtype)
     lowest = lambda pos: jnp.where(refs["window"][0] > 0, jnp.maximum(pos - refs["window"][0] + 1, 0), 0)
     pos, first = context + token, context + offset
     last = jnp.where(offset < new, context + jnp.minimum(offset + spec.tile, new) - 1, -1)

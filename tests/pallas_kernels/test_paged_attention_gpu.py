@@ -102,7 +102,8 @@ def check_packed(name: str, q_len, kv_len, pairs: int, interpret: bool) -> None:
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), **close)
 
 
-PACKED = [("decode", *EDGES, 32), ("decode_head64", (1, 1, 1), (33, 8, 61), 16), ("mix", MIX_Q, MIX_KV, 32), ("mix_mha", MIX_Q, MIX_KV, 0)]
+PACKED = [("decode", *EDGES, 32), ("decode_head64", (1, 1, 1), (33, 8, 61), 16), ("mix", MIX_Q, MIX_KV, 32)]
+PACKED += [("mix_mha", MIX_Q, MIX_KV, pairs) for pairs in (0, 16)]
 
 
 @pytest.mark.parametrize("case", PACKED, ids=lambda case: case[0])
