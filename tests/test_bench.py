@@ -79,7 +79,7 @@ def test_the_limit_of_a_case_by_hand() -> None:
 
     c = from_toml("llama3_8b")
     sizes = dict(weights_bytes=2 * c.num_params, embedding_bytes=2 * c.vocab_size * c.hidden_size, bytes_per_token=lambda group: 131072.0)
-    llm = SimpleNamespace(config=c, engine=SimpleNamespace(**sizes))
+    llm = SimpleNamespace(config=c, engine=SimpleNamespace(**sizes), settings=SimpleNamespace(quantize=None))
     limits = {"read_bytes_per_s": 1e12, "matmul_flops_per_s": 1e15}
     least = lambda letter: cases._least_seconds(llm, cases.CASES[letter], limits, 1.0)
     assert least("a") == pytest.approx((15.01e9 + (128 + 128) * 131072) / 1e12, rel=1e-3)

@@ -120,9 +120,10 @@ def _figures(case: Case, times: list[list[float]], scale: float) -> dict[str, fl
 
 def _least_seconds(llm: Any, case: Case, limits: dict[str, float], scale: float) -> float | None:
     """What a decode step takes where reading weights and cache is all, or a token of prefill where products of matrices are. None for
-    what is neither, and for experts, of which a step reads those that it needs."""
+    what is neither, for experts, of which a step reads those that it needs, and for prefill with tokens in 8 bits."""
     c, engine = llm.config, llm.engine
-    if not case.new or c.num_experts:
+    eight_bits = case.figure == "prefill_tok_per_s" and (llm.settings.quantize or "").startswith("w8a8")
+    if not case.new or c.num_experts or eight_bits:
         return None
     (prompt, last), most = _works(case, scale)[-1][0], len(case.new) > 1
     table = c.vocab_size * c.hidden_size
