@@ -246,8 +246,9 @@ def _bound(logits: jax.Array, top: jax.Array, s: SamplingBatch, target: Target |
     """The smallest logit kept [R, 1], finite: top-k, then top-p over what top-k kept, then min-p. Greedy rows ask for nothing."""
     asks = s.temperature > 0
     off = jnp.full(top.shape, -_MAX, jnp.float32)
-    whole = target is None or target.ways("vocab") == 1
-    bits = 1 if whole else 2 if target.platform == "cpu" else 4  # a CPU's devices share its cores, and a message is cheap
+    bits = 1
+    if target is not None and target.ways("vocab") > 1:
+        bits = 2 if target.platform == "cpu" else 4  # a CPU's devices share its cores, and a message is cheap
     use_k, use_p = (asks & (s.top_k > 0))[:, None], (asks & (s.top_p < 1))[:, None]
 
     def top_k() -> jax.Array:
