@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llminfer.balance import Routing
 from llminfer.config import ModelConfig
 
 
@@ -23,9 +24,11 @@ class ScaledPages:
 @flax.struct.dataclass
 class KVCache:
     """groups[g]: stacked layout: one array [layers of the group, pages, Hkv, page, lanes], or ScaledPages of one; listed layout: a
-    tuple of such with one layer each. See pallas_kernels/paged_attention.py for a row: ModelConfig.row_dim lanes, on a TPU whole tiles."""
+    tuple of such with one layer each. See pallas_kernels/paged_attention.py for a row: ModelConfig.row_dim lanes, on a TPU whole tiles.
+    routing: inside a program, what it is told and counts of experts."""
 
     groups: tuple[Any, ...]
+    routing: Routing | None = None
 
 
 def row_lanes(c: ModelConfig, platform: str) -> int:

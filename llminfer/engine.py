@@ -18,6 +18,8 @@ import numpy as np
 
 from llminfer import cache as kv
 from llminfer import placement
+from llminfer.arrange import on_mesh
+from llminfer.balance import Experts
 from llminfer.batch import pack, pack_loop, ship
 from llminfer.config import EngineConfig, ModelConfig, evicting
 from llminfer.errors import UserError, refuse
@@ -59,12 +61,12 @@ class Engine:
     """Serves one model on one target: `load` gives it its weights."""
 
     def __init__(self, c: ModelConfig, settings: EngineConfig, target: Target, progress: Any = None):
-        c = evicting(c, settings.kv_policy)
-        self.c, self.settings, self.target = c, settings, target
+        self._stored = c = evicting(c, settings.kv_policy)  # as a checkpoint has it
+        target = placement.fitted(c, settings, target)
+        self.c, self.settings, self.target = on_mesh(c, target), settings, target
         self.context = min(2048, c.max_position) if settings.context is None else settings.context
         if self.context > c.max_position and not c.sink_window:
             raise refuse("context", self.context, f"{c.name} was made for at most {c.max_position} positions")
-        placement.check_mesh(c, target)
         placement.check_cache(c, settings)
         totals = placement.pool_sizes(c, settings, self.context, target)
         self.pages = Pages(c.groups, totals, settings.page_size, prefix_cache=settings.prefix_cache, sinks=c.sinks)
@@ -76,12 +78,14 @@ class Engine:
             placement.abstract_history(settings, target, self.context),
         )
         self.declared = Declared(settings, target, self.pages.pages_for(self.context), len(c.groups))
-        self.programs = Programs(c, target, self._shapes, settings.decode_steps, progress)
+        routing = placement.abstract_routing(c, target)
+        self.programs = Programs(self.c, target, self._shapes, settings.decode_steps, progress, routing)
         self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shapes[1]))
         self.weights_bytes = 0
         self._params: Any = None
         self._cache: Any = None
         self._history: Any = None
+        self._experts = Experts(self.c, target) if self.c.num_experts else None
         self._known: dict[int, tuple[Sequence, int]] = {}  # slot -> whose whole context its history has; see _complete
         self._unscored: list[list[Sequence]] = []  # requests whose prompt is to be scored before they are queued
         self._scoring: Iterator[None] | None = None  # of the first of them
@@ -103,7 +107,14 @@ class Engine:
 
     def load(self, leaves: Iterable[tuple[str, Any]] | None) -> None:
         """Takes weights (named host arrays, see Checkpoint.leaves; None: random ones) and allocates the cache."""
-        self._params = placement.load_params(leaves, self.c, self.settings, self.target)
+        self._start(placement.load_params(leaves, self._stored, self.settings, self.target))
+
+    def load_from(self, other: Engine) -> None:
+        """Takes the weights that another engine of the same model and settings has, on other devices."""
+        self._start(jax.tree.map(lambda x, s: jax.device_put(x, placement.place_of(s)), other._params, self._shapes[0]))
+
+    def _start(self, placed: Any) -> None:
+        self._params = placed
         self.weights_bytes = placement.tree_bytes(self._params)
         self._cache = kv.allocate(self._shapes[1], poison=self.settings.debug)
         self._history = placement.zeros(self._shapes[2])
@@ -157,6 +168,11 @@ class Engine:
         else:
             self._unscored.append(made)
         return made
+
+    def found(self, prompt: list[int], params: SamplingParams) -> int:
+        """How many tokens of a checked prompt are in the cache."""
+        request = Request(prompt, params, 0, 1, frozenset(), 0.0, self._regime(len(prompt)))
+        return self.pages.found(Sequence(request, 0, None))
 
     def _queue(self, sequences: list[Sequence]) -> None:
         for seq in sequences:
@@ -256,9 +272,24 @@ class Engine:
             sent = time.perf_counter()
             batch = pack(plan.items, program.shape)
             extra = (pack_loop(plan, program.shape.rows),) if plan.steps else ()
-            (tokens, said), self._cache, self._history = compiled(self._params, self._cache, self._history, ship((batch, *extra)))
+            tokens, said = self._run(compiled, ship((batch, *extra)))
             tokens.copy_to_host_async()
         return _Flight(plan, program, tokens, said, sent)
+
+    def _run(self, compiled: Any, batch: Any) -> Any:
+        """Sends a program to the device; what it says."""
+        routing = self._experts and self._experts.routing
+        found, self._cache, self._history, counts = compiled(self._params, self._cache, self._history, routing, batch)
+        if self._experts:
+            self._experts.count(counts)
+        return found
+
+    def rebalance(self) -> None:
+        """Gives copies to the experts that most tokens came to since the start or the last time, and slots to all so that devices have
+        equally many tokens. Between any two steps; nothing is compiled anew. Raises UserError without expert_copies."""
+        if not self.settings.expert_copies or self._experts is None:
+            raise refuse("expert_copies", self.settings.expert_copies, "must be at least 1: there is nothing to move")
+        self._params = self._experts.rebalance(self._params, self.programs.get(self.declared.mover))
 
     def _land(self, flight: _Flight) -> list[Sequence]:
         """Reads what a step drew and commits it."""
@@ -408,7 +439,7 @@ class Engine:
                 following = np.array([*prompt[start + 1 : start + count + 1], 0], np.int32)
                 extra = () if most is None else (np.resize(following, size), np.int32(most))
                 with count_compiles(self._compiled):
-                    found, self._cache, self._history = compiled(self._params, self._cache, self._history, ship((batch, *extra)))
+                    found = self._run(compiled, ship((batch, *extra)))
                     found = jax.tree.map(lambda x, count=count: np.asarray(x)[:count], found)
                 if not any(np.isnan(x).any() for x in jax.tree.leaves(found)):
                     self.pages.computed(seq, start + count)  # from now on others find it
@@ -419,6 +450,7 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters since the start; see DESIGN for the names."""
         times = {kind: histogram.snapshot() for kind, histogram in self._times.items()}
+        experts = {"expert_imbalance": self._experts.imbalance()} if self._experts else {}
         return {
             "compiles_after_warmup": self._compiled[0],
             "programs": {p.name: round(s, 3) for p, s in self.programs.seconds.items()},
@@ -439,7 +471,7 @@ class Engine:
             "accepted_per_step": 1.0,
             "weights_bytes": self.weights_bytes,
             "cache_bytes": self.cache_bytes,
-        }
+        } | experts
 
 
 def _plain(prompt: list[int]) -> Request:

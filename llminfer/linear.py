@@ -20,7 +20,6 @@ from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, qua
 from pallas_kernels.quantized_matmul_gpu import eight_bit_sums, quantized_matmul_gpu, run, tiles_for_rows
 from pallas_kernels.round_gpu import ACTIVATIONS, round_gpu
 from pallas_kernels.weight_formats import LANES
-from sharding.rules import partition
 
 FP8 = jnp.float8_e4m3fn
 Norm = tuple[jax.Array, jax.Array | None]  # weight and bias
@@ -83,8 +82,8 @@ def _finish(y: jax.Array, c: ModelConfig, target: Target, *, bias: Any, act: boo
     """What `linear` does after its product."""
     y = y if bias is None else y + bias
     if act and c.gated:
-        left, right = jnp.split(y, 2, axis=-1)
-        y = activate(left, c) * right
+        left, right = _halves(y, target)
+        y = (activate(left, c) * right).reshape(y.shape[0], -1)
     elif act:
         y = activate(y, c)
     if residual is None:
@@ -103,6 +102,15 @@ def _eight_bits(w: Any, x: Any, target: Target) -> Any:
     """The type to which a GPU rounds tokens x for weights w, None for no rounding."""
     whole = isinstance(w, QTensor) and w.turned and w.by_token and target.mesh is None
     return w.q.dtype if whole and (isinstance(x, Rounded) or x.dtype == jnp.bfloat16) else None
+
+
+def _halves(y: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
+    """Gate and up of [T, 2 * F], [T, F] or, where a mesh splits them, [T, parts, F / parts] each; see arrange.Halves."""
+    if (parts := target.ways("mlp")) == 1:
+        left, right = jnp.split(y, 2, axis=-1)
+        return left, right
+    both = y.reshape(y.shape[0], parts, 2, -1)
+    return both[:, :, 0], both[:, :, 1]
 
 
 def _sums_later(x: jax.Array, c: ModelConfig, target: Target) -> bool:
@@ -160,7 +168,7 @@ def matmul(x: jax.Array, w: Any, target: Target, out: Any = None) -> jax.Array:
     if whole.turned or target.body != "reference":
         kernel = functools.partial(_turned_product, out=out) if whole.turned else _by_kernel
         product = functools.partial(kernel, by_token=whole.by_token, target=target)
-        return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target.mesh)
+        return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target)
     if target.platform == "cpu" and whole.scale.shape[-2] == 1 and whole.q.dtype == jnp.int8:
         return _int8_on_cpu(x, w if isinstance(w, QTensor) else jax.tree.map(lambda leaf: leaf[layer], whole))
     return quantized_matmul_reference(x, whole.q, whole.scale, layer=layer, quantize_x=whole.by_token)
@@ -205,10 +213,10 @@ def _by_kernel(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *
     return quantized_matmul(x, q, scale, layer=layer, quantize_x=by_token, chip=target.chip, impl=target.kernels)
 
 
-def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, target: Target) -> jax.Array:
     """The product with w split over the mesh as its axes say, since a kernel is not split by XLA: columns give columns, and what rows
     give is added up. With by_token each part of a row has a scale of its own."""
-    rows, columns = (axis for axis in partition(w.axes))
+    rows, columns = target.partition(w.axes)
     many = w.scale.shape[1] > 1
 
     def body(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array) -> jax.Array:
@@ -218,7 +226,7 @@ def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, mesh: j
     spec = jax.sharding.PartitionSpec
     stored = (columns, rows) if w.turned else (rows, columns)
     specs = (spec(None, rows), spec(None, *stored), spec(None, rows if many else None, columns), spec())
-    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=spec(None, columns), check_vma=False)(x, w.q, w.scale, layer)
+    return jax.shard_map(body, mesh=target.mesh, in_specs=specs, out_specs=spec(None, columns), check_vma=False)(x, w.q, w.scale, layer)
 
 
 def _int8_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:

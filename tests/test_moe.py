@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from llminfer import LLM, SamplingParams
+from llminfer.arrange import Halves
 from llminfer.config import ModelConfig, from_toml
 from llminfer.errors import UserError
 from llminfer.moe import experts, route
@@ -21,9 +21,12 @@ from llminfer.quant import Stacked, dequantize, maker, quantize_int4, quantize_i
 from llminfer.target import Target
 from llminfer.weights.hf_config import from_hf
 from llminfer.weights.hf_write import to_hf
+from sharding.collectives import collectives
+from sharding.mesh import make_meshes
 
 C = from_toml("tiny_moe")
 CPU = Target.of("cpu")
+EIGHT = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 TWO = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 
 
@@ -53,12 +56,13 @@ def layer(router: Any, gate_up: Any, down: Any) -> Layer:
 
 @functools.cache
 def compiled(c: ModelConfig, target: Target) -> Any:
-    return jax.jit(functools.partial(experts, c=c, target=target))
+    return jax.jit(lambda x, live, w: experts(x, live, w, c, target)[0])
 
 
 def check(c: ModelConfig, target: Target, x, live, router, gate_up, down, *, stacked: bool = False, bound: float = 1e-5) -> None:
     whole = lambda w: Stacked(jnp.stack([jnp.full_like(w, jnp.nan), w]), jnp.int32(1)) if stacked else w
-    y = compiled(c, target)(x, live, layer(router, whole(jnp.asarray(gate_up)), whole(jnp.asarray(down))))
+    placed = Halves(target.ways("expert_mlp"))(gate_up)
+    y = compiled(c, target)(x, live, layer(router, whole(jnp.asarray(placed)), whole(jnp.asarray(down))))
     wanted = expected(x, live, router, gate_up, down, c)
     np.testing.assert_allclose(y, wanted, atol=bound * max(np.abs(wanted).max(), 1e-3), rtol=0)
     assert not np.asarray(y)[~live].any()
@@ -94,7 +98,7 @@ def test_no_token_is_dropped_in_1000_random_batches() -> None:
         gate, up = jnp.split(jnp.einsum("td,edm->etm", x, w.experts_gate_up) + w.experts_gate_up_bias[:, None], 2, axis=-1)
         each = jnp.einsum("etm,emd->etd", jax.nn.silu(gate) * up, w.experts_down) + w.experts_down_bias[:, None]
         dense = jnp.einsum("tke,tk,etd->td", jax.nn.one_hot(chosen, 6), share, each)
-        error = jnp.abs(experts(x, live, own, c, CPU) - jnp.where(live[:, None], dense, 0)).max()
+        error = jnp.abs(experts(x, live, own, c, CPU)[0] - jnp.where(live[:, None], dense, 0)).max()
         return error, jax.nn.one_hot(chosen, 6).sum((0, 1)).max()
 
     with jax.default_matmul_precision("highest"):
@@ -111,12 +115,47 @@ def test_weights_that_are_not_divided_by_their_sum() -> None:
     assert (np.asarray(share).sum(1) < 0.99).all()
 
 
-@TWO
-@pytest.mark.parametrize("kernels", ["reference", "interpret"])
-def test_a_mesh_splits_the_experts(kernels: str) -> None:
-    mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
+@EIGHT
+@pytest.mark.parametrize(("kernels", "axes"), [("reference", {"ep": 2, "tp": 4}), ("interpret", {"ep": 2}), ("reference", {"tp": 2})])
+def test_a_mesh_splits_the_experts(kernels: str, axes: dict[str, int]) -> None:
+    ((mesh, _),) = make_meshes(axes, jax.devices())
     x, live = np.random.default_rng(3).standard_normal((7, C.hidden_size), np.float32), np.arange(7) != 2
     check(C, dataclasses.replace(CPU, kernels=kernels, chip="v5e", mesh=mesh), x, live, *weights(3), stacked=True)
+
+
+@EIGHT
+@pytest.mark.parametrize(("exchange", "axes"), [("", {"ep": 2, "tp": 2}), ("padded", {"ep": 4, "tp": 2})])
+def test_a_mesh_adds_biases_once(exchange: str, axes: dict[str, int]) -> None:
+    """And weights inputs where they are, as on one device."""
+    ((mesh, _),) = make_meshes(axes, jax.devices())
+    rng, (router, gate_up, down) = np.random.default_rng(6), weights(6)
+    x, live = rng.standard_normal((16, C.hidden_size), np.float32), np.ones(16, bool)
+    biases = [rng.standard_normal((C.num_experts, size), np.float32) for size in (gate_up.shape[2], C.hidden_size)]
+    for c in (dataclasses.replace(C, experts_per_token=1), dataclasses.replace(C, experts_per_token=1, scale_inputs=True)):
+        target = dataclasses.replace(CPU, mesh=mesh, exchange=exchange)
+        placed = Halves(target.ways("expert_mlp"))
+        made = [
+            dataclasses.replace(layer(router, put(jnp.asarray(gate_up)), jnp.asarray(down)), **extra)
+            for put in (lambda w: w, placed)
+            for extra in [dict(experts_gate_up_bias=put(jnp.asarray(biases[0])), experts_down_bias=jnp.asarray(biases[1]))]
+        ]
+        want, found = (np.asarray(compiled(c, t)(x, live, w)) for t, w in zip((CPU, target), made, strict=True))
+        np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+
+
+@EIGHT
+@pytest.mark.parametrize(("each", "axes"), [(1, {"ep": 4, "tp": 2}), (2, {"ep": 8})])
+def test_tokens_are_sent_to_their_experts(each: int, axes: dict[str, int]) -> None:
+    """And none is dropped: also where all want the experts of one device."""
+    ((mesh, _),) = make_meshes(axes, jax.devices())
+    c, target = dataclasses.replace(C, experts_per_token=each), dataclasses.replace(CPU, mesh=mesh, exchange="padded")
+    for batch in range(4):
+        x, live = np.random.default_rng(batch).standard_normal((16, C.hidden_size), np.float32), np.arange(16) % 5 != 2
+        x = x * 0.1 + x[:1] if batch % 2 else x
+        x[~live] = np.nan
+        check(c, target, x, live, *weights(batch), stacked=batch == 3)
+    text = compiled(c, target).lower(x, live, layer(*(jnp.asarray(w) for w in weights()))).compile().as_text()
+    assert {each.kind for each in collectives(text)} >= {"all-to-all"}
 
 
 @pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
@@ -191,10 +230,10 @@ def test_what_cannot_be_is_refused_by_name(fields: dict, message: str) -> None:
 
 
 def test_a_mesh_that_does_not_divide_the_experts_is_refused() -> None:
-    with pytest.raises(UserError, match="tp=3 does not divide"):
+    with pytest.raises(UserError, match="ep=3 does not divide num_experts=8; legal: 1, 2, 4, 8"):
         if len(jax.devices()) < 3:
-            raise UserError("tp=3 does not divide: too few devices to ask")
-        LLM("config:tiny_moe", mesh="tp=3", context=32)
+            raise UserError("ep=3 does not divide num_experts=8; legal: 1, 2, 4, 8: too few devices to ask")
+        LLM("config:tiny_moe", mesh="ep=3", context=32)
 
 
 def test_configs_are_written_and_read_back() -> None:
