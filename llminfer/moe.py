@@ -75,8 +75,7 @@ def experts(x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Tar
             held = [*held[:3], jnp.where(lax.axis_index(columns) == 0, held[3], 0)]
         return lax.psum(body(x, weights, chosen, held, layer, first), columns if exchange else (*over, *columns))
 
-    specs: Any = dict(in_specs=(rows, rows, rows, _split(held, target), every), out_specs=rows)
-    return jax.shard_map(shard, mesh=target.mesh, **specs, check_vma=False)(x, weights, chosen, held, layer)
+    return target.split(shard, (rows, rows, rows, _split(held, target), every), rows)(x, weights, chosen, held, layer)
 
 
 def _split(held: list[Any], target: Target) -> list[Any]:

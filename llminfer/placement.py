@@ -29,6 +29,9 @@ def fitted(c: ModelConfig, target: Target) -> Target:
     mlp = dict(intermediate_size=c.intermediate_size * dense, shared_intermediate_size=c.shared_intermediate_size)
     heads = dict(num_heads=c.num_heads)
     sizes = dict(heads=heads, mlp={name: size for name, size in mlp.items() if size}, vocab=dict(vocab_size=c.vocab_size))
+    if target.stages > 1 and not target.stacked:
+        raise refuse("layout", "listed", "the stages of a pipeline (mesh pp) have their layers stacked; legal: auto, stacked")
+    sizes |= dict(layers=dict(layer_patterns=len(c.scanned) // c.period))
     if not c.kv_rank:  # key-value heads are copied where they must; a latent is on every device
         sizes |= dict(kv_heads=heads)
     if c.num_experts:
@@ -96,10 +99,15 @@ def _maker(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> An
 def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, totals: tuple[int, ...]) -> cache.KVCache:
     """ShapeDtypeStructs, with shardings, of a cache of totals[g] pages in each group."""
     heads = None if c.kv_rank else "kv_heads"  # a latent is on every device
-    where = lambda s: target.place((None, None, heads, None, None)[: s.ndim])
     dtype = jnp.dtype(settings.kv_dtype or target.dtype)
-    shapes = cache.abstract(on_mesh(c, target), totals, settings.page_size, dtype, stacked=target.stacked, platform=target.platform)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where(s)), shapes)
+    how: dict[str, Any] = dict(stacked=target.stacked, stages=target.stages, platform=target.platform)
+    shapes = cache.abstract(on_mesh(c, target), totals, settings.page_size, dtype, **how)
+
+    def placed(shapes: Any, layers: str | None) -> Any:
+        where = lambda s: target.place((layers, None, heads, None, None)[: s.ndim])
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where(s)), shapes)
+
+    return cache.KVCache(placed(shapes.groups, "layers" if target.stages > 1 else None), placed(shapes.around, None))
 
 
 def abstract_history(settings: EngineConfig, target: Target, context: int) -> Any:
@@ -169,7 +177,10 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
     makers, widen = _makers(settings, target), jax.jit(lambda x: x.astype(dtype))
     # An update of a slice and not a scatter, for which XLA:CPU would convert a whole bfloat16 array.
     write_one = lambda whole, x, i: jax.lax.dynamic_update_index_in_dim(whole, x, i, 0)
-    write = jax.jit(lambda whole, x, i: jax.tree.map(functools.partial(write_one, i=i), whole, x), donate_argnums=0)
+    write_all = lambda whole, x, i: jax.tree.map(functools.partial(write_one, i=i), whole, x)
+    # What comes out lies where the stack lies, also where its layers are on many devices.
+    write = lambda shape: jax.jit(write_all, donate_argnums=0, out_shardings=jax.tree.map(lambda s: s.sharding, shape))
+    writers: dict[tuple[int, str], Any] = {}
     stacked = tuple({name: zeros(leaf) for name, leaf in vars(layer).items() if leaf is not None} for layer in wanted.stacked)
     under_scan = c.scanned if wanted.stacked else range(0)
     listed: dict[str, Any] = {}
@@ -193,7 +204,9 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
         if number is not None and number in under_scan:
             repeat, place = divmod(number - under_scan.start, c.period)
             layer = stacked[place]
-            layer[leaf] = x = write(layer[leaf], x, jnp.int32(repeat))
+            if (place, leaf) not in writers:
+                writers[place, leaf] = write(layer[leaf])
+            layer[leaf] = x = writers[place, leaf](layer[leaf], x, jnp.int32(repeat))
         else:
             listed[name] = x
         jax.block_until_ready(x)  # what is under way holds memory

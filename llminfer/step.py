@@ -14,7 +14,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from llminfer import model
+from llminfer import model, stages
 from llminfer.batch import Batch, Loop
 from llminfer.cache import KVCache
 from llminfer.config import ModelConfig
@@ -32,12 +32,12 @@ def mixed_step(params: Params, cache: KVCache, history: jax.Array, batch: Batch,
     history)."""
     rows, slots = batch.q_start.shape[0], history.shape[0]
     batch, history = _fill(batch, history)
-    hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
-    ends = jnp.clip(batch.q_start + batch.q_len - 1, 0, hidden.shape[0] - 1)
+    ends = jnp.clip(batch.q_start + batch.q_len - 1, 0, batch.tokens.shape[0] - 1)
+    hidden, cache = _forward(params, cache, batch, c, target, ends)
     drew = batch.draws > 0
     # The chunks of a long prompt before the last draw nothing: no need to read the output head.
     nothing = (jnp.full(rows, NOTHING, jnp.int32), _said((rows,)))
-    drawn = lambda: _draw(params, hidden[ends], batch, history, c, target, plain)
+    drawn = lambda: _draw(params, hidden, batch, history, c, target, plain)
     tokens, said = drawn() if plain else jax.lax.cond(drew.any(), drawn, lambda: nothing)
     tokens = jnp.where(drew, tokens, NOTHING)
     history = history.at[jnp.where(drew, batch.slots, slots), batch.kv_len].set(tokens, mode="drop")
@@ -97,7 +97,7 @@ def decode_loop(
 
 def prompt_logits(params: Params, cache: KVCache, history: jax.Array, batch: Batch, *, c: ModelConfig, target: Target):
     """The logits of every row of one chunk, float32 [T, V]; (logits, cache, history)."""
-    hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
+    hidden, cache = _forward(params, cache, batch, c, target)
     return model.logits(params, hidden, c, target), cache, history
 
 
@@ -115,6 +115,14 @@ def write_history(history: jax.Array, tokens: jax.Array, slot: jax.Array, start:
     """Puts the first `count` of tokens [T] into the history of a slot, from position `start`."""
     at = jnp.arange(tokens.shape[0])
     return history.at[slot, jnp.where(at < count, start + at, history.shape[1])].set(tokens, mode="drop")
+
+
+def _forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, rows: jax.Array | None = None):
+    """Hidden states of a ragged batch's rows, of `rows` if given, and the cache."""
+    if target.stages > 1:
+        return stages.forward(params, cache, batch, c, target, rows)
+    hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
+    return (hidden if rows is None else hidden[rows]), cache
 
 
 def _fill(batch: Batch, history: jax.Array) -> tuple[Batch, jax.Array]:
