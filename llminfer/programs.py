@@ -185,7 +185,8 @@ class Programs:
             history, number = self.shapes[2], np.int32(0)
             write = jax.jit(step.write_history, donate_argnums=0, out_shardings=history.sharding)
             return write.lower(history, np.zeros(program.shape.tokens, np.int32), number, number, number)
-        functions = {"mixed": step.mixed_step, "decode": step.decode_loop, "logits": step.prompt_logits, "logprobs": step.token_logprobs}
+        decode = step.decode_loop if self.target.stages == 1 else step.pipelined_decode_loop
+        functions = {"mixed": step.mixed_step, "decode": decode, "logits": step.prompt_logits, "logprobs": step.token_logprobs}
         function = functions[program.kind]
         extra: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}

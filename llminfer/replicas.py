@@ -86,12 +86,12 @@ class Replicas:
         self.engines[0].end_profile()
 
     def stats(self) -> dict[str, Any]:
-        """Of all engines together: what counts is added up; compile times are the longest, accepted_per_step the mean."""
+        """Of all engines together: what counts is added up; compile times are the longest, accepted_per_step and pipeline_bubble the mean."""
         each = [engine.stats() for engine in self.engines]
         total = _sum(each)
         total["programs"] = {name: max(one["programs"].get(name, 0.0) for one in each) for name in total["programs"]}
         total["compile_s"] = max(one["compile_s"] for one in each)
-        return total | {"accepted_per_step": total["accepted_per_step"] / len(each)}
+        return total | {name: total[name] / len(each) for name in ("accepted_per_step", "pipeline_bubble")}
 
 
 def _sum(each: list[Any]) -> Any:

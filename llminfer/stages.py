@@ -45,8 +45,9 @@ def occupied(plan: Plan, drawn: list[list[int]], tokens: int, target: Target) ->
         pieces = -(-sum(item.count for item in plan.items) // rows_of_piece(tokens, target))
         return pieces, Schedule(target.stages, pieces).ticks()
     schedule = decode_schedule(tokens, target)
-    live = [sum(len(tokens) > step for tokens in drawn) for step in range(max(map(len, drawn), default=0))]
-    return sum(min(n, schedule.pieces) for n in live), schedule.ticks(max(1, len(live)))
+    steps = max(1, *map(len, drawn))
+    live = [{row % schedule.pieces for row, found in enumerate(drawn) if len(found) > step} for step in range(steps)]
+    return sum(map(len, live)), schedule.ticks(steps)
 
 
 def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, wanted: Any = None) -> tuple[jax.Array, KVCache]:
@@ -104,3 +105,62 @@ def listed(params: Params, x, around: tuple[Any, ...], batch: Batch, c: ModelCon
         kind = (c.groups.index(c.window(numbers[at])), c.rope(numbers[at]))
         x, caches[at] = model.run_layer(params.listed[at], x, caches[at], jnp.int32(0), kind=kind, **how)
     return x, tuple(caches)
+
+
+# A decode loop: piece m of M has rows m, m + M, ... of the batch, so that few sequences are in as many pieces as there can be.
+
+
+def deal(batch: Batch, schedule: Schedule) -> Batch:
+    """A batch of one token a sequence with as many rows as its pieces have; those behind it belong to nobody."""
+    rows = batch.q_start.shape[0]
+    extra = -rows % schedule.pieces
+    # Copies of the last row, so that nobody seems to ask for what nobody asked for.
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, extra), *[(0, 0)] * (x.ndim - 1)), mode="edge"), batch)
+    return replace(padded, q_len=jnp.where(jnp.arange(rows + extra) < rows, padded.q_len, 0))
+
+
+def still(params: Params, batch: Batch, schedule: Schedule, target: Target) -> jax.Array:
+    """What moves between the stages before the first tick of a loop."""
+    x = jax.ShapeDtypeStruct((batch.q_start.shape[0] // schedule.pieces, params.embed.shape[1]), target.dtype)
+    return pipeline.still(x, target.mesh)
+
+
+def take(x: jax.Array, at: jax.Array, schedule: Schedule) -> jax.Array:
+    """The rows of x [rows, ...] that are in piece `at`."""
+    return lax.dynamic_index_in_dim(x.reshape(-1, schedule.pieces, *x.shape[1:]), at, 1, keepdims=False)
+
+
+def put(x: jax.Array, y: jax.Array, at: jax.Array, schedule: Schedule) -> jax.Array:
+    """x with the rows y in the place of those of piece `at`."""
+    return lax.dynamic_update_index_in_dim(x.reshape(-1, schedule.pieces, *x.shape[1:]), y, at, 1).reshape(x.shape)
+
+
+def in_stage(batch: Batch, stage: Any, tick: Any, end: Any, schedule: Schedule) -> tuple[Batch, Any, Any, Any]:
+    """What a stage has in a tick: (a piece's rows of the dealt batch, the piece's number, its step, whether it is there). end: entries
+    from that number on are not made. The lengths of a piece's sequences change only when it leaves the last stage, so all see the same."""
+    number, at, step = schedule.at(stage, tick)
+    busy, at = (number >= 0) & (number < end) & (at < schedule.pieces), jnp.minimum(at, schedule.pieces - 1)
+    own = jax.tree.map(lambda x: take(x, at, schedule), batch)
+    q_len = jnp.where(busy, own.q_len, 0)
+    positions, reach = jnp.maximum(own.kv_len - 1, 0), jnp.maximum(own.reach, own.kv_len)
+    rows = jnp.arange(q_len.shape[0], dtype=jnp.int32)
+    return replace(own, q_start=rows, q_len=q_len, positions=positions, reach=reach), at, step, busy
+
+
+def tick(params: Params, cache: KVCache, batch: Batch, moving, now, end, c: ModelConfig, target: Target, schedule: Schedule):
+    """One tick of a decode loop on a dealt batch. Returns (hidden states of the piece that leaves, after the final norm; the cache; what
+    moves between the stages)."""
+    entering, *_ = in_stage(batch, 0, now, end, schedule)
+    x, around = listed(params, model.embed(params, entering, c, target), cache.around, entering, c, target, 1, leading=True)
+    work = functools.partial(_decode_work, c=c, target=target, schedule=schedule)
+    own = replace(batch, sampling=None)
+    x, moving, groups = pipeline.tick(work, params.stacked, cache.groups, x, moving, now, end, own, mesh=target.mesh)
+    leaving, *_ = in_stage(batch, target.stages - 1, now, end, schedule)
+    x, around = listed(params, x, around, leaving, c, target, 1, leading=False)
+    return model.final_norm(params, x, c, target), KVCache(groups, around), moving
+
+
+def _decode_work(weights, groups, x, number, now, end, batch: Batch, *, c: ModelConfig, target: Target, schedule: Schedule):
+    """One tick of stage `number`; see pipeline.tick."""
+    piece, *_ = in_stage(batch, number, now, end, schedule)
+    return stage(weights, groups, x, piece, c, target, 1)
