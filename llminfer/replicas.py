@@ -86,7 +86,8 @@ class Replicas:
         self.engines[0].end_profile()
 
     def stats(self) -> dict[str, Any]:
-        """Of all engines together: what counts is added up; compile times are the longest, accepted_per_step and pipeline_bubble the mean."""
+        """Of all engines together: what counts is added up; compile times are the longest, accepted_per_step and pipeline_bubble
+        means."""
         each = [engine.stats() for engine in self.engines]
         total = _sum(each)
         total["programs"] = {name: max(one["programs"].get(name, 0.0) for one in each) for name in total["programs"]}

@@ -25,8 +25,8 @@ Work = Callable[..., tuple[jax.Array, Any]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """pieces in flight through stages. A piece may come back to the first stage, for its next step, `period` ticks after it entered: by then
-    it has left the last one."""
+    """pieces in flight through stages. A piece may come back to the first stage, for its next step, `period` ticks after it entered: by
+    then it has left the last one."""
 
     stages: int
     pieces: int
@@ -44,8 +44,8 @@ class Schedule:
         return 1 - steps * self.pieces / self.ticks(steps)
 
     def at(self, stage: Any, tick: Any) -> tuple[Any, Any, Any]:
-        """(number of the entry, piece, step) that a stage has in a tick; numbers are negative before its first one. A piece from `pieces` on
-        is none. Works on numbers and on arrays."""
+        """(number of the entry, piece, step) that a stage has in a tick; numbers are negative before its first one. A piece from `pieces`
+        on is none. Works on numbers and on arrays."""
         number = tick - stage
         return number, number % self.period, number // self.period
 

@@ -22,8 +22,9 @@ class Rules:
     logical axis that is not named here is replicated.
 
     kv_heads: attention's heads, by key-value head; heads: one by one; mlp: columns of dense layers; vocab: rows of the embedding and of
-    the head; experts: whole experts; expert_mlp: columns of each; layers: those that are stacked, and their cache, in stages. spread: mesh
-    axes over which the first four are split too, where they divide them, and the vocabulary over those of `layers`: see `fitted`. Raises ValueError for a mesh axis that there is not."""
+    the head; experts: whole experts; expert_mlp: columns of each; layers: those that are stacked, and their cache, in stages. spread:
+    mesh axes over which the first four are split too, where they divide them, and the vocabulary over those of layers: see `fitted`.
+    Raises ValueError for a mesh axis that there is not."""
 
     kv_heads: tuple[str, ...] = ("tp",)
     heads: tuple[str, ...] = ("tp",)
@@ -66,8 +67,8 @@ class Rules:
         return SingleDeviceSharding(device) if mesh is None else NamedSharding(mesh, self.partition(mesh, axes))
 
     def fitted(self, mesh: Mesh | None, sizes: Mapping[str, Mapping[str, int]]) -> Rules:
-        """The rules for a model on a mesh: kv_heads, heads, mlp and vocab are split over `spread` too where all their sizes are divided; and
-        vocab over what splits the layers, for the devices of all stages have it at the same time.
+        """The rules for a model on a mesh: kv_heads, heads, mlp and vocab are split over `spread` too where all their sizes are divided,
+        and vocab over what splits the layers, for the devices of all stages work on it together.
 
         sizes: of each logical axis that the model has, by the names of what is to be divided. Raises ValueError naming the mesh axis that
         does not divide, and what would."""

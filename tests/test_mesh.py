@@ -71,6 +71,7 @@ def served(model: str, mesh: str, **settings: str):
     llm.close()
     assert stats["compiles_after_warmup"] == 0 and stats["prefix_hit_tokens"] > 0 and stats["decode_loops"] > 0
     assert stats["pages_free"] == stats["pages_total"]
+    assert (0 < stats["pipeline_bubble"] < 1) == ("pp" in mesh)
     assert stats["preemptions"] > 0 or "dp" in mesh
     return outputs
 
