@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -133,20 +133,20 @@ def place_of(shape: Any) -> Any:
 def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
     """Weights on their devices: `found` (named host arrays, see weights.Checkpoint.leaves) cast, quantized and stacked as the
     target wants them, one after the other; None: random ones from settings.seed. c: the model as `found` has it."""
-    specs, dtype = params.param_specs(c), jnp.dtype(target.dtype)
-    if found is not None:
-        return _place_leaves(found, specs, c, settings, target)
-    random = lambda name, spec: _random(spec, dtype, target.place(spec.axes), arrangement(name, spec, c, target))
-    makers, key = _makers(settings, target), jax.random.key(settings.seed % 2**63)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=params.is_spec)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(leaves)))
-    placed = tree.unflatten([makers(spec)(random(path[-1].name, spec)(keys[i])) for i, (path, spec) in enumerate(leaves)])
-    if make_head := _head_maker(c, settings, target):
-        placed = replace(placed, lm_head=make_head(placed.embed if placed.lm_head is None else placed.lm_head))
-    if target.stacked:
-        placed = params.stack(placed, c)
-    wanted = abstract_params(c, settings, target)
-    return jax.tree.map(lambda x, s: jax.device_put(x, place_of(s)), placed, wanted)
+    specs = params.param_specs(c)
+    leaves = _random_leaves(specs, c, settings, target) if found is None else _sent(found, dict(leaves_of(specs)), c, target)
+    return _place_leaves(leaves, specs, c, settings, target)
+
+
+def _random_leaves(specs: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Iterator[tuple[str, Any]]:
+    """Random weights on their devices, by name; each by its own key."""
+    key, dtype = jax.random.key(settings.seed % 2**63), jnp.dtype(target.dtype)
+    tree = jax.tree.structure(specs, is_leaf=params.is_spec)
+    count = tree.num_leaves
+    numbered = tree.unflatten(range(count))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(count))
+    for (name, spec), (_, number) in zip(leaves_of(specs), leaves_of(numbered), strict=True):
+        yield name, _random(spec, dtype, target.place(spec.axes), arrangement(name, spec, c, target))(keys[number])
 
 
 @functools.lru_cache(maxsize=64)
@@ -170,43 +170,56 @@ def _makers(settings: EngineConfig, target: Target) -> Any:
     return of
 
 
-def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
-    wanted, dtype = abstract_params(c, settings, target), jnp.dtype(target.dtype)
-    spec_of = dict(leaves_of(specs))
-    make_head = _head_maker(c, settings, target)
-    makers, widen = _makers(settings, target), jax.jit(lambda x: x.astype(dtype))
-    # An update of a slice and not a scatter, for which XLA:CPU would convert a whole bfloat16 array.
-    write_one = lambda whole, x, i: jax.lax.dynamic_update_index_in_dim(whole, x, i, 0)
-    write_all = lambda whole, x, i: jax.tree.map(functools.partial(write_one, i=i), whole, x)
-    # What comes out lies where the stack lies, also where its layers are on many devices.
-    write = lambda shape: jax.jit(write_all, donate_argnums=0, out_shardings=jax.tree.map(lambda s: s.sharding, shape))
-    writers: dict[tuple[int, str], Any] = {}
-    stacked = tuple({name: zeros(leaf) for name, leaf in vars(layer).items() if leaf is not None} for layer in wanted.stacked)
-    under_scan = c.scanned if wanted.stacked else range(0)
-    listed: dict[str, Any] = {}
+def _sent(found: Iterable[tuple[str, Any]], spec_of: dict[str, Any], c: ModelConfig, target: Target) -> Iterator[tuple[str, Any]]:
+    """Host arrays on their devices, by name, in the type of the weights; one that is not read yet is not held."""
+    dtype = jnp.dtype(target.dtype)
+    widen = jax.jit(lambda x: x.astype(dtype))
     for name, array in found:
-        spec = spec_of[name]
         if isinstance(array, QTensor):  # as our own checkpoints hold it
             array = dequantize(array)
         if array.dtype.itemsize > dtype.itemsize:  # made narrower before, and wider after it travels
             array = array.astype(dtype)
-        if (arrange := arrangement(name, spec, c, target)) is not None:
+        if (arrange := arrangement(name, spec_of[name], c, target)) is not None:
             array = arrange(array)
         # On a CPU an array that is ours alone becomes the weight; a mapped file is copied, once and for all.
-        x = jax.device_put(array, target.place(spec.axes), may_alias=array.flags.writeable)
-        x = makers(spec)(x if x.dtype == dtype else widen(x))
+        x = jax.device_put(array, target.place(spec_of[name].axes), may_alias=array.flags.writeable)
+        del array
+        yield name, x if x.dtype == dtype else widen(x)
+        del x
+
+
+@functools.lru_cache(maxsize=64)
+def _writer(shardings: tuple[Any, ...]) -> Any:
+    """(whole stack, one layer's part, its number) -> the stack with it, where it lay: its layers may be on many devices. Of the leaves of
+    one weight."""
+    # An update of a slice and not a scatter, for which XLA:CPU would convert a whole bfloat16 array.
+    write = lambda whole, x, i: tuple(jax.lax.dynamic_update_index_in_dim(a, b, i, 0) for a, b in zip(whole, x, strict=True))
+    return jax.jit(write, donate_argnums=0, out_shardings=shardings)
+
+
+def _write(whole: Any, x: Any, repeat: int) -> Any:
+    leaves, tree = jax.tree.flatten(whole)
+    return tree.unflatten(_writer(tuple(leaf.sharding for leaf in leaves))(tuple(leaves), tuple(jax.tree.leaves(x)), jnp.int32(repeat)))
+
+
+def _place_leaves(leaves: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
+    """The tree of named weights on their devices: each made what the target multiplies with, then put in its stack, if it has one."""
+    wanted, spec_of = abstract_params(c, settings, target), dict(leaves_of(specs))
+    make_head, makers = _head_maker(c, settings, target), _makers(settings, target)
+    stacked = tuple({name: zeros(leaf) for name, leaf in vars(layer).items() if leaf is not None} for layer in wanted.stacked)
+    under_scan = c.scanned if wanted.stacked else range(0)
+    listed: dict[str, Any] = {}
+    for name, x in leaves:
+        x = makers(spec_of[name])(x)
         if make_head and name == ("embed" if c.tie_embeddings else "lm_head"):
             head = make_head(x)
             listed |= {"lm_head": head}
             x = head if name == "lm_head" else x
-        del array
         number, leaf = layer_of(name)
         if number is not None and number in under_scan:
             repeat, place = divmod(number - under_scan.start, c.period)
             layer = stacked[place]
-            if (place, leaf) not in writers:
-                writers[place, leaf] = write(layer[leaf])
-            layer[leaf] = x = writers[place, leaf](layer[leaf], x, jnp.int32(repeat))
+            layer[leaf] = x = _write(layer[leaf], x, repeat)
         else:
             listed[name] = x
         jax.block_until_ready(x)  # what is under way holds memory

@@ -100,7 +100,7 @@ def tick(work: Work, weights: Any, state: Any, x: jax.Array, moving: jax.Array, 
     return _by_stage(body, mesh, (own, own, every, own, every), (every, own, own))(weights, state, x, moving, more)
 
 
-def still(x: jax.Array, mesh: Mesh) -> jax.Array:
+def still(x: Any, mesh: Mesh) -> jax.Array:
     """What moves between the stages before the first tick, for pieces like x [rows, D]."""
     return jnp.zeros((mesh.shape[AXIS], *x.shape), x.dtype)
 
