@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_mesh import scores, served
+from test_mesh import PARAMS, PROMPTS, model_of
 
-from llminfer import UserError, placement, stages, weights
+from llminfer import LLM, SamplingParams, UserError, placement, stages, weights
 from llminfer.arrange import on_mesh
-from llminfer.batch import BatchShape
+from llminfer.batch import BatchShape, pack
 from llminfer.config import EngineConfig, from_toml
 from llminfer.engine import Engine
 from llminfer.programs import Program, Programs
+from llminfer.sampler import draw
 from llminfer.scheduler import Item, Plan
 from llminfer.target import Target, chip_of
 from sharding.collectives import collectives
@@ -31,21 +32,31 @@ def mesh_of(text: str, devices: Any = None) -> Any:
     return mesh
 
 
-# tests/mesh_matrix.py runs all.
-@pytest.mark.parametrize(("model", "mesh"), [("tiny_stages", "pp=2,ep=2"), ("tiny", "pp=4")])
-def test_logits_are_those_of_one_device(model: str, mesh: str) -> None:
-    wanted = scores(model, "")
-    np.testing.assert_allclose(scores(model, mesh), wanted, atol=1e-5 * np.ptp(wanted), rtol=0)
+def drawn(llm: LLM, prompt: list[int], params: SamplingParams, tokens: list[int]) -> list[int]:
+    """What one device draws after each token but the last, by the logits of all of them at once: no step of an engine is in it."""
+    logits = np.asarray(llm.prompt_logits([*prompt, *tokens[:-1]]))[len(prompt) - 1 :]
+    (seq,) = llm.engine.add(prompt, params)
+    seq.output, seq.slot, seq.pages = tokens, 0, [[], []]
+    rows = [Item(seq, position - 1, 1, 1) for position in range(len(prompt), len(prompt) + len(tokens))]
+    batch = pack(rows, BatchShape(len(rows), len(rows), 1, 2))
+    history = np.array([[*prompt, *tokens, *[0] * (64 - len(prompt) - len(tokens))]], np.int32)
+    return jax.jit(draw)(logits, dataclasses.replace(batch.sampling, position=batch.kv_len), history, batch.slots)[0].tolist()
 
 
-def test_tokens_are_those_of_one_device() -> None:
-    """Greedy and drawn, in chunks, with preemptions and prefixes that are found, in decode loops; see test_mesh."""
-    for run, wanted in zip(served("tiny_stages", "pp=2,ep=2"), served("tiny_stages", ""), strict=True):
-        assert [tokens for tokens, _ in run] == [tokens for tokens, _ in wanted]
-        for (_, told), (_, other) in zip(run, wanted, strict=True):
-            for one, two in zip(told or [], other or [], strict=True):
-                assert one.keys() == two.keys()
-                np.testing.assert_allclose(list(one.values()), [two[token] for token in one], atol=1e-4)
+def test_logits_and_tokens_are_those_of_one_device() -> None:
+    """With preemptions, prefixes that are found, chunks, and decode loops; greedy and drawn. tests/mesh_matrix.py has all meshes."""
+    cut, alone = model_of("tiny_stages", "pp=2,ep=2"), model_of("tiny_stages", "")
+    wanted = np.asarray(alone.prompt_logits(PROMPTS[0]))
+    np.testing.assert_allclose(cut.prompt_logits(PROMPTS[0]), wanted, atol=1e-5 * np.ptp(wanted), rtol=0)
+    for _ in range(2):
+        for prompt, params, found in zip(PROMPTS, PARAMS, cut.generate(PROMPTS, PARAMS), strict=True):
+            assert len(found.token_ids) == 10 and drawn(alone, prompt, params, found.token_ids) == found.token_ids
+    stats = cut.stats()
+    assert stats["prefix_hit_tokens"] > 0 and stats["preemptions"] > 0 and stats["decode_loops"] > 0
+    assert stats["compiles_after_warmup"] == 0 and stats["pages_free"] == stats["pages_total"]
+    assert 0 < stats["pipeline_bubble"] < 0.5
+    for llm in (cut, alone):
+        llm.close()
 
 
 def test_a_stage_has_its_own_layers_and_their_cache_and_nothing_else(tiny_directory: Path) -> None:
@@ -127,7 +138,7 @@ def test_a_decode_loop_in_stages_compiles_for_a_tpu_in_place() -> None:
     settings, pages, context = EngineConfig(slots=8, page_size=16), 512, 1024
     trees = (placement.abstract_params(c, settings, target), placement.abstract_cache(c, settings, target, (pages,)))
     programs = Programs(on_mesh(c, target), target, (*trees, placement.abstract_history(settings, target, context)), most=8)
-    compiled = programs.lower(Program("decode", BatchShape(8, 8, context // 16, 1))).compile()
+    compiled = programs.lower(Program("decode", BatchShape(8, 8, context // 16, 1), plain=True)).compile()
     programs.close()
     memory = compiled.memory_analysis()
     own = lambda tree: sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
