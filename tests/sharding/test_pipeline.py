@@ -39,15 +39,18 @@ def work(weights, kept, x, at, busy, scale):
     return x, kept
 
 
-def in_order(xs, scale: float):
-    """(what the last layer gives of each piece, what the layers remember)."""
-    kept, found = [np.zeros(WIDTH, np.float32)] * LAYERS, []
-    for x in xs:
-        for number in range(LAYERS):
-            x, new = layer(WEIGHTS[number], kept[number], x)
-            kept[number] = new * scale
-        found.append(x)
-    return np.array(found), np.array(kept)
+def in_order(xs, steps: int = 1, scale: float = 1.0):
+    """(what the last layer gives of each piece after so many rounds, what the layers remember)."""
+    kept = [np.zeros(WIDTH, np.float32)] * LAYERS
+    for _ in range(steps):
+        found = []
+        for x in xs:
+            for number in range(LAYERS):
+                x, new = layer(WEIGHTS[number], kept[number], x)
+                kept[number] = new * scale
+            found.append(x)
+        xs = found
+    return np.array(xs), np.array(kept)
 
 
 @pytest.mark.parametrize(("text", "pieces", "used"), [("pp=2,tp=2", 5, 5), ("pp=4", 3, 2), ("pp=4", 1, 1)])
@@ -57,7 +60,7 @@ def test_a_batch_goes_through_the_stages_as_through_the_layers(text: str, pieces
     through = jax.jit(functools.partial(run, work, mesh=there))
     zeros = np.zeros((LAYERS, WIDTH), np.float32)
     found, kept = through(WEIGHTS, zeros, xs, jnp.int32(used), wanted, jnp.float32(0.5))
-    outs, left = in_order(xs[:used], 0.5)
+    outs, left = in_order(xs[:used], scale=0.5)
     np.testing.assert_allclose(found, outs.reshape(-1, WIDTH)[wanted], atol=1e-6)
     np.testing.assert_allclose(kept, left, atol=1e-6)
     assert kept.addressable_shards[0].data.shape == (LAYERS // there.shape["pp"], WIDTH)
@@ -69,38 +72,28 @@ def test_pieces_that_come_again_find_every_stage_at_work(stages: int, pieces: in
     xs = RNG.standard_normal((pieces, ROWS, WIDTH), np.float32)
     end = (steps - 1) * schedule.period + pieces
 
-    def one(weights, kept, x, stage, now):
+    def there_is(stage, now):
         number, at, _ = schedule.at(stage, now)
-        busy = (number >= 0) & (number < end) & (at < pieces)
-        x, kept = work(weights, kept, x, at, busy, 1.0)
-        return x, kept, busy
+        return (number >= 0) & (number < end) & (at < pieces), jnp.minimum(at, pieces - 1)
+
+    def own(weights, state, x, stage, now):
+        """Counts too how often a stage had something to do."""
+        busy, at = there_is(stage, now)
+        x, kept = work(weights, state[0], x, at, busy, 1.0)
+        return x, (kept, state[1] + busy)
 
     def stepped(now, carry):
-        kept, xs, moving, ticks = carry
-        entering = xs[jnp.minimum(schedule.at(0, now)[1], pieces - 1)]
-        body = lambda weights, state, x, stage, now: _counted(one(weights, state[0], x, stage, now), state[1])
-        y, moving, (kept, ticks) = tick(body, WEIGHTS, (kept, ticks), entering, moving, now, mesh=there)
-        number, at, _ = schedule.at(stages - 1, now)
-        leaves = (number >= 0) & (at < pieces)
-        at = jnp.minimum(at, pieces - 1)
-        return kept, xs.at[at].set(jnp.where(leaves, y, xs[at])), moving, ticks
+        xs, moving, state = carry
+        y, moving, state = tick(own, WEIGHTS, state, xs[there_is(0, now)[1]], moving, now, mesh=there)
+        leaves, at = there_is(stages - 1, now)
+        return xs.at[at].set(jnp.where(leaves, y, xs[at])), moving, state
 
-    def _counted(found, ticks):
-        x, kept, busy = found
-        return x, (kept, ticks + busy)
-
-    start = (jnp.zeros((LAYERS, WIDTH)), jnp.asarray(xs), still(xs[0], there), jnp.zeros(stages, jnp.int32))
-    kept, xs_out, _, ticks = jax.jit(lambda start: jax.lax.fori_loop(0, schedule.ticks(steps), stepped, start))(start)
-    want, left = xs, [np.zeros(WIDTH, np.float32)] * LAYERS
-    for _ in range(steps):
-        out = []
-        for x in want:
-            for number in range(LAYERS):
-                x, left[number] = layer(WEIGHTS[number], left[number], x)
-            out.append(x)
-        want = out
-    np.testing.assert_allclose(xs_out, np.array(want), atol=1e-5)
-    np.testing.assert_allclose(kept, np.array(left), atol=1e-5)
+    start = (jnp.asarray(xs), still(xs[0], there), (jnp.zeros((LAYERS, WIDTH)), jnp.zeros(stages, jnp.int32)))
+    looped = jax.jit(lambda start: jax.lax.fori_loop(0, schedule.ticks(steps), stepped, start))
+    found, _, (kept, ticks) = looped(start)
+    outs, left = in_order(xs, steps)
+    np.testing.assert_allclose(found, outs, atol=1e-5)
+    np.testing.assert_allclose(kept, left, atol=1e-5)
     assert ticks.tolist() == [steps * pieces] * stages  # each stage did each piece of each step, and else nothing
     assert schedule.bubble(steps) == pytest.approx(1 - steps * pieces / schedule.ticks(steps))
 
