@@ -172,6 +172,11 @@ class LLM:
         """float32 [len, vocab]: the logits after every token of a prompt, computed through the paged cache in chunks."""
         return self.engine.prompt_logits(self.engine.check(token_ids, SamplingParams(max_tokens=1)))
 
+    def rebalance(self) -> None:
+        """With expert_copies: gives them to the experts that most tokens came to since the start or the last time (see stats:
+        expert_imbalance), at any time between two steps. Raises UserError without."""
+        self.engine.rebalance()
+
     def stats(self) -> dict[str, Any]:
         """Counters of the engine since it started."""
         return self.engine.stats() | {"load_s": self.load_s}

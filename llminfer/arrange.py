@@ -1,8 +1,8 @@
-"""Weights as a mesh wants them: columns in another order, and key-value heads that several devices need, copied.
+"""Weights as a mesh wants them: columns in another order, and what several devices need, key-value heads and experts, copied.
 
 A device holds one range of the columns of a matrix. So that each has the halves that belong together, a gated mlp in n parts lies as
 n times (gate, up); and where there are more parts than key-value heads, each of these becomes several, which share its query heads:
-to all that follows it is a model with more key-value heads, and what it computes is the same.
+to all that follows it is a model with more key-value heads, and what it computes is the same. Experts lie in the order of slots.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from llminfer.balance import first_order
 from llminfer.config import ModelConfig
 from llminfer.params import ParamSpec
 from llminfer.target import Target
@@ -61,8 +62,25 @@ class Heads:
         return at([own, blocks[..., :: self.copies, each:, :]], -2).reshape(*w.shape[:-1], -1)
 
 
+@dataclass(frozen=True)
+class Copies:
+    """Experts [E, ..] <-> slots [S, ..], of which slot s has expert order[s]; then their columns as `inner` says."""
+
+    order: tuple[int, ...]
+    inner: Halves | None
+
+    def __call__(self, w: Any) -> Any:
+        w = w[np.array(self.order)]
+        return w if self.inner is None else self.inner(w)
+
+    def inverse(self, w: Any) -> Any:
+        w = w[np.unique(self.order, return_index=True)[1]]
+        return w if self.inner is None else self.inner.inverse(w)
+
+
 def on_mesh(c: ModelConfig, target: Target) -> ModelConfig:
-    """The model with as many key-value heads as its mesh can split."""
+    """The model with as many key-value heads as its mesh can split, and as many slots for experts."""
+    c = replace(c, expert_copies=target.expert_copies)
     if c.kv_rank:  # one latent for all heads, on every device
         return c
     return replace(c, num_kv_heads=math.lcm(c.num_kv_heads, target.ways("kv_heads")))
@@ -78,4 +96,7 @@ def arrangement(name: str, spec: ParamSpec, c: ModelConfig, target: Target) -> A
     if leaf == "k_norm" and columns == "kv_heads" and copies > 1:
         return Heads(c.num_kv_heads, 0, 1, copies)
     gated = c.gated and leaf.removesuffix("_bias").endswith("gate_up")
-    return Halves(target.ways(columns)) if gated and target.ways(columns) > 1 else None
+    halves = Halves(target.ways(columns)) if gated and target.ways(columns) > 1 else None
+    if leaf.startswith("experts_") and target.expert_copies:
+        return Copies(tuple(first_order(on_mesh(c, target), target).tolist()), halves)
+    return halves

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llminfer.balance import Routing
 from llminfer.config import ModelConfig
 
 
@@ -24,10 +25,12 @@ class ScaledPages:
 class KVCache:
     """groups[g]: stacked layout: one array [layers of the group, pages, Hkv, page, lanes], or ScaledPages of one; listed layout: a
     tuple of such with one layer each. See pallas_kernels/paged_attention.py for a row: ModelConfig.row_dim lanes, on a TPU whole tiles.
-    around: of a pipeline, whose groups have the layers of its stages alone, one such for each layer around those; else empty."""
+    around: of a pipeline, whose groups have the layers of its stages alone, one such for each layer around those; else empty.
+    routing: inside a program, what it is told and counts of experts."""
 
     groups: tuple[Any, ...]
     around: tuple[Any, ...] = ()
+    routing: Routing | None = None
 
 
 def row_lanes(c: ModelConfig, platform: str) -> int:

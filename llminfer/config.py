@@ -109,7 +109,8 @@ class ModelConfig:
     activation "clamped" is of experts alone: gate * sigmoid(1.702 * gate) * (up + 1), gate at most 7, up from -7 to 7 (gpt-oss).
     shared_intermediate_size (0: none): width of an mlp that sees every token beside them; shared_gate: what it gives is multiplied by
     the sigmoid of a product of the token.
-    sink_tokens, sink_window: set by EngineConfig.kv_policy alone: layers of the window sink_window also see the first sink_tokens."""
+    sink_tokens, sink_window: set by EngineConfig.kv_policy alone: layers of the window sink_window also see the first sink_tokens.
+    expert_copies: set by the engine's field of that name alone: slots that a layer has for experts beyond one each."""
 
     name: str
     vocab_size: int
@@ -157,6 +158,7 @@ class ModelConfig:
     scale_inputs: bool = False
     routed_scale: float = 1.0
     expert_bias: bool = False
+    expert_copies: int = 0
     shared_intermediate_size: int = 0
     shared_gate: bool = False
     query_floor: int = 0
@@ -277,6 +279,11 @@ class ModelConfig:
         return self.num_experts > 0 and self.moe_layers[layer % len(self.moe_layers)] and layer >= self.dense_layers
 
     @property
+    def expert_layers(self) -> int:
+        """How many layers have experts."""
+        return sum(map(self.has_experts, range(self.num_layers)))
+
+    @property
     def scanned(self) -> range:
         """The layers that run under a scan in the stacked layout: whole patterns, after the first dense_layers."""
         first = self.dense_layers
@@ -341,7 +348,8 @@ class EngineConfig:
     matrices of the layers, by output channel and in groups of 128 (64, 32) inputs; "mxfp4" to floats of 4 bits in groups of 32 (OCP
     Microscaling Formats), "mxfp4_experts" those of experts alone, which is gpt-oss as published; "fp8" to float8_e4m3fn by output channel;
     "w8a8" and "w8a8_fp8" are int8 and fp8 with tokens rounded to the same. quantize_head: the output head too (tokens are not rounded
-    there); an embedding that is also the head stays as it is for tokens to be looked up."""
+    there); an embedding that is also the head stays as it is for tokens to be looked up. expert_copies: on a mesh that splits experts, how
+    many slots for them a layer has beyond one each: those that most tokens want have several (llminfer/balance.py; LLM.rebalance)."""
 
     slots: int = 8
     context: int | None = None
@@ -355,6 +363,7 @@ class EngineConfig:
     kv_dtype: str | None = None
     kv_policy: str | None = None
     mesh: str = ""
+    expert_copies: int = 0
     speculate: str | None = None
     seed: int = 0
     decode_steps: int = 32
@@ -369,6 +378,7 @@ class EngineConfig:
         require_integer("chunk", self.chunk, 1, 65536)
         require_integer("decode_steps", self.decode_steps, 1, 1024)
         require_integer("seed", self.seed, -(2**63), 2**63 - 1)
+        require_integer("expert_copies", self.expert_copies, 0, 65536)
         for field, least in (("context", 2), ("pages", 1)):
             if getattr(self, field) is not None:
                 require_integer(field, getattr(self, field), least, 2**31 - 1)

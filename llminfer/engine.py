@@ -19,6 +19,7 @@ import numpy as np
 from llminfer import cache as kv
 from llminfer import placement, stages
 from llminfer.arrange import on_mesh
+from llminfer.balance import Experts
 from llminfer.batch import pack, pack_loop, ship
 from llminfer.config import EngineConfig, ModelConfig, evicting
 from llminfer.errors import UserError, refuse
@@ -61,7 +62,7 @@ class Engine:
 
     def __init__(self, c: ModelConfig, settings: EngineConfig, target: Target, progress: Any = None):
         self._stored = c = evicting(c, settings.kv_policy)  # as a checkpoint has it
-        target = placement.fitted(c, target)
+        target = placement.fitted(c, settings, target)
         self.c, self.settings, self.target = on_mesh(c, target), settings, target
         self.context = min(2048, c.max_position) if settings.context is None else settings.context
         if self.context > c.max_position and not c.sink_window:
@@ -77,12 +78,14 @@ class Engine:
             placement.abstract_history(settings, target, self.context),
         )
         self.declared = Declared(settings, target, self.pages.pages_for(self.context), len(c.groups))
-        self.programs = Programs(self.c, target, self._shapes, settings.decode_steps, progress)
+        routing = placement.abstract_routing(c, target)
+        self.programs = Programs(self.c, target, self._shapes, settings.decode_steps, progress, routing)
         self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shapes[1]))
         self.weights_bytes = 0
         self._params: Any = None
         self._cache: Any = None
         self._history: Any = None
+        self._experts = Experts(self.c, target) if self.c.num_experts else None
         self._known: dict[int, tuple[Sequence, int]] = {}  # slot -> whose whole context its history has; see _complete
         self._unscored: list[list[Sequence]] = []  # requests whose prompt is to be scored before they are queued
         self._scoring: Iterator[None] | None = None  # of the first of them
@@ -261,9 +264,24 @@ class Engine:
             sent = time.perf_counter()
             batch = pack(plan.items, program.shape)
             extra = (pack_loop(plan, program.shape.rows),) if plan.steps else ()
-            (tokens, said), self._cache, self._history = compiled(self._params, self._cache, self._history, ship((batch, *extra)))
+            tokens, said = self._run(compiled, ship((batch, *extra)))
             tokens.copy_to_host_async()
         return _Flight(plan, program, tokens, said, sent)
+
+    def _run(self, compiled: Any, batch: Any) -> Any:
+        """Sends a program to the device; what it says."""
+        routing = self._experts and self._experts.routing
+        found, self._cache, self._history, counts = compiled(self._params, self._cache, self._history, routing, batch)
+        if self._experts:
+            self._experts.count(counts)
+        return found
+
+    def rebalance(self) -> None:
+        """Gives copies to the experts that most tokens came to since the start or the last time, and slots to all so that devices have
+        equally many tokens. Between any two steps; nothing is compiled anew. Raises UserError without expert_copies."""
+        if not self.settings.expert_copies or self._experts is None:
+            raise refuse("expert_copies", self.settings.expert_copies, "must be at least 1: there is nothing to move")
+        self._params = self._experts.rebalance(self._params, self.programs.get(self.declared.mover))
 
     def _land(self, flight: _Flight) -> list[Sequence]:
         """Reads what a step drew and commits it."""
@@ -416,7 +434,7 @@ class Engine:
                 following = np.array([*prompt[start + 1 : start + count + 1], 0], np.int32)
                 extra = () if most is None else (np.resize(following, size), np.int32(most))
                 with count_compiles(self._compiled):
-                    found, self._cache, self._history = compiled(self._params, self._cache, self._history, ship((batch, *extra)))
+                    found = self._run(compiled, ship((batch, *extra)))
                     found = jax.tree.map(lambda x, count=count: np.asarray(x)[:count], found)
                 if not any(np.isnan(x).any() for x in jax.tree.leaves(found)):
                     self.pages.computed(seq, start + count)  # from now on others find it
@@ -433,6 +451,7 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters since the start; see DESIGN for the names."""
         times = {kind: histogram.snapshot() for kind, histogram in self._times.items()}
+        experts = {"expert_imbalance": self._experts.imbalance()} if self._experts else {}
         return {
             "compiles_after_warmup": self._compiled[0],
             "programs": {p.name: round(s, 3) for p, s in self.programs.seconds.items()},
@@ -454,7 +473,7 @@ class Engine:
             "pipeline_bubble": self._bubble,
             "weights_bytes": self.weights_bytes,
             "cache_bytes": self.cache_bytes,
-        }
+        } | experts
 
 
 def _plain(prompt: list[int]) -> Request:

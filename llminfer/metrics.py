@@ -56,6 +56,13 @@ def _lines(stats: dict[str, Any]) -> Iterator[str]:
         name = f"llminfer_{key.removesuffix('_s')}_seconds" if key.endswith("_s") else f"llminfer_{key}"
         name += "_total" if kind == "counter" else ""
         yield from (f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {stats[key]}")
+    for over, skew in stats.get("expert_imbalance", {}).items():
+        name = f"llminfer_expert_imbalance_{over}"
+        yield from (
+            f"# HELP {name} Tokens of the fullest of {over} by their mean, mean over layers.",
+            f"# TYPE {name} gauge",
+            f"{name} {skew}",
+        )
     name = "llminfer_step_seconds"
     yield from (f"# HELP {name} Time of a step, from packing to its tokens.", f"# TYPE {name} histogram")
     for step, times in stats["step_seconds"].items():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llminfer import latent, moe
+from llminfer.balance import added, of_layers
 from llminfer.batch import Batch
 from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
@@ -29,22 +30,25 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
     ropes = ropes_of(batch, c)
     layer = functools.partial(run_layer, batch=batch, ropes=ropes, c=c, target=target, q_max=q_max)
     groups: list[Any] = list(cache.groups)
+    used: list[jax.Array] = []  # of the layers so far that have experts: tokens of each slot for them
     scanned = c.scanned if params.stacked else range(0)
     numbers = [number for number in range(c.num_layers) if number not in scanned]
     for at, (number, weights) in enumerate(zip(numbers, params.listed, strict=True)):
         if params.stacked and at == params.leading:
-            x, groups = run_stacked(params.stacked, x, groups, layer, c)
+            x, groups, used = run_stacked(params.stacked, x, groups, layer, c, cache.routing, used)
         group = c.groups.index(c.window(number))
         place = c.group_layers(group).index(number)
-        kind = (group, c.rope(number))
+        kind, told = (group, c.rope(number)), of_layers(cache.routing, sum(map(len, used)), 1)
         if params.stacked:
-            x, groups[group] = layer(weights, x, groups[group], jnp.int32(place), kind=kind)
+            x, groups[group], counted = layer(weights, x, groups[group], (jnp.int32(place), told), kind=kind)
         else:  # listed cache: one array a layer
-            x, own = layer(weights, x, groups[group][place], jnp.int32(0), kind=kind)
+            x, own, counted = layer(weights, x, groups[group][place], (jnp.int32(0), told), kind=kind)
             groups[group] = (*groups[group][:place], own, *groups[group][place + 1 :])
+        used += [] if counted is None else [counted]
     if params.stacked and params.leading == len(params.listed):
-        x, groups = run_stacked(params.stacked, x, groups, layer, c)
-    return final_norm(params, x, c, target), KVCache(tuple(groups))
+        x, groups, used = run_stacked(params.stacked, x, groups, layer, c, cache.routing, used)
+    routing = cache.routing and replace(cache.routing, counts=added(cache.routing.counts, used))
+    return final_norm(params, x, c, target), KVCache(tuple(groups), routing=routing)
 
 
 def final_norm(params: Params, x: Any, c: ModelConfig, target: Target) -> jax.Array:
@@ -73,10 +77,24 @@ def embed(params: Params, batch: Batch, c: ModelConfig, target: Target) -> jax.A
         return x
 
 
-def run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], layer: Any, c: ModelConfig, *, alone: bool = False):
+def run_stacked(
+    stacked: tuple[Layer, ...],
+    x: jax.Array,
+    groups: list[Any],
+    layer: Any,
+    c: ModelConfig,
+    routing: Any,
+    used: list[Any],
+    *,
+    alone: bool = False,
+):
     """The repeats of the layer pattern under one scan. The caches ride in the carry, whole: a kernel picks its layer. So do weights that
-    a kernel takes; XLA's own products take slices without a copy. alone: the caches have no layers but these."""
-    period = len(stacked)
+    a kernel takes; XLA's own products take slices without a copy. used: of the layers before.
+    alone: the caches have no layers but these."""
+    period, repeats = len(stacked), jax.tree.leaves(stacked)[0].shape[0]
+    sparse = [place for place in range(period) if c.has_experts(c.scanned.start + place)]
+    told = of_layers(routing, sum(map(len, used)), repeats * len(sparse))
+    told = jax.tree.map(lambda x: x.reshape(repeats, len(sparse), *x.shape[1:]), told)
     by_kernel = lambda name, leaf: isinstance(leaf, QTensor) or name.startswith("experts_")
     whole = [{name: leaf for name, leaf in vars(w).items() if leaf is not None and by_kernel(name, leaf)} for w in stacked]
     sliced = tuple(replace(w, **dict.fromkeys(kept)) for w, kept in zip(stacked, whole, strict=True))
@@ -87,25 +105,28 @@ def run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], lay
 
     def body(carry, xs):
         x, caches = carry
-        repeat, weights = xs
+        repeat, weights, now = xs
+        counts = []
         for place in range(period):
             group = windows[place]
             index = before[group] + repeat * share[group] + windows[:place].count(group)
             w = replace(weights[place], **{name: Stacked(leaf, repeat) for name, leaf in whole[place].items()})
-            x, own = layer(w, x, caches[group], index, kind=(group, c.rope(first + place)))
+            own_told = jax.tree.map(lambda x, place=place: x[None, sparse.index(place)], now) if place in sparse else None
+            x, own, counted = layer(w, x, caches[group], (index, own_told), kind=(group, c.rope(first + place)))
+            counts += [] if counted is None else [counted]
             caches = (*caches[:group], own, *caches[group + 1 :])
-        return (x, caches), None
+        return (x, caches), jnp.concatenate(counts) if counts else None
 
-    repeats = jax.tree.leaves(stacked)[0].shape[0]
-    (x, caches), _ = jax.lax.scan(body, (x, tuple(groups)), (jnp.arange(repeats, dtype=jnp.int32), sliced))
-    return x, list(caches)
+    numbers = jnp.arange(repeats, dtype=jnp.int32)
+    (x, caches), counts = jax.lax.scan(body, (x, tuple(groups)), (numbers, sliced, told))
+    return x, list(caches), used if counts is None else [*used, counts.reshape(-1, counts.shape[-1])]
 
 
 @functools.partial(jax.jit, static_argnames=("c", "target", "q_max", "kind"))
-def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, target: Target, q_max: int, kind: tuple[int, int]):
-    """One decoder layer on x [T, D]; `index` is the layer's place in kv; kind: its page group, and which of ropes it uses (-1:
-    none). An inner jit: equal layers trace once."""
-    rope = kind[1]
+def run_layer(w: Layer, x, kv, at, *, batch: Batch, ropes, c: ModelConfig, target: Target, q_max: int, kind: tuple[int, int]):
+    """One decoder layer on x [T, D]; at: its place in kv, and `of_layers` of it; kind: its page group, and which of ropes it uses (-1:
+    none). An inner jit: equal layers trace once. Returns (x, kv, tokens of each slot for experts int32 [1, S], or None)."""
+    (index, told), rope, used = at, kind[1], None
     with jax.named_scope("attention"):
         turns = ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None)
         x, *read = entered(x, _attn_norm(w, c), c, target, w.qkv)
@@ -118,11 +139,11 @@ def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, ta
         if w.router is None:
             y = _mlp(y, before, w.gate_up, w.down, w, c, target, x if _just_added(c) else None)
         else:
-            y = _experts(y, before, w, batch, c, target)
+            y, used = _experts(y, before, w, batch, c, target, told)
             y = add(x, y, c) if _just_added(c) else y
     if c.parallel:
-        return add(x, attended + y, c), kv
-    return add(x, norm(y, w.mlp_post_norm, None, c), c) if c.post_norm else y, kv
+        return add(x, attended + y, c), kv, used
+    return add(x, norm(y, w.mlp_post_norm, None, c), c) if c.post_norm else y, kv, used
 
 
 def _attn_norm(w: Layer, c: ModelConfig) -> Norm | None:
@@ -139,18 +160,18 @@ def _mlp(x: jax.Array, before: Norm | None, gate_up: Any, down: Any, w: Layer, c
     return linear(y, down, c, target, bias=w.down_bias, residual=residual)
 
 
-def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
-    """What the experts of each token give, and those that all tokens share."""
+def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: ModelConfig, target: Target, told: Any):
+    """What the experts of each token give, and those that all tokens share; and tokens of each slot [1, S]."""
     x = x if before is None else norm(x, before[0], before[1], c)
-    y = moe.experts(x, owned(batch), w, c, target)
+    y, used = moe.experts(x, owned(batch), w, c, target, jax.tree.map(lambda x: x[0], told))
     if w.shared_gate_up is None:
-        return y
+        return y, used[None]
     shared = _mlp(x, None, w.shared_gate_up, w.shared_down, w, c, target)
     if w.shared_router is not None:
         precision = jax.lax.Precision.HIGHEST
         gate = jnp.dot(x, w.shared_router, precision=precision, preferred_element_type=jnp.float32)
         shared = shared * jax.nn.sigmoid(gate).astype(x.dtype)[:, None]
-    return y + shared
+    return y + shared, used[None]
 
 
 def owned(batch: Batch) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llminfer.balance import slots_of
 from llminfer.config import ModelConfig
 from llminfer.params import Layer
 from llminfer.quant import QTensor, stack_of
@@ -48,34 +49,38 @@ def _in_best_groups(scores: jax.Array, c: ModelConfig) -> jax.Array:
     return jnp.where(used[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
 
 
-def experts(x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target) -> jax.Array:
-    """The weighted sum of what its experts make of each token, [T, D] of x's dtype; zeros where live [T] is False.
+def experts(x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target, told: Any = None) -> tuple[jax.Array, jax.Array]:
+    """(the weighted sum of what its experts make of each token, [T, D] of x's dtype, zeros where live [T] is False; how many tokens came to
+    each slot, int32 [S]). told: see balance.slots_of; None: slots are experts.
 
     Of a layer's weights, experts_gate_up [E, D, 2 * M] and experts_down [E, M, D] are an array, a QTensor, or either Stacked, as their
     biases may be. A mesh splits the experts, and the columns of each: a device works on all tokens of its own experts, and the sums are
     added up; or, where `_exchanges` says so, each device has a share of the tokens, sends them to where their experts are, and gets them
     back."""
     weights, chosen = route(x, w.router, w.router_bias, c)
-    chosen = jnp.where(live[:, None], chosen, c.num_experts)
+    slots = c.num_experts + c.expert_copies
+    chosen = jnp.where(live[:, None], chosen if told is None else slots_of(chosen, live, told), slots)
+    used = jnp.sum(chosen.reshape(-1, 1) == jnp.arange(slots), axis=0, dtype=jnp.int32)
     weights = jnp.where(live[:, None], weights, 0)  # what such a row holds may be no number
     stacks = [stack_of(leaf) for leaf in (w.experts_gate_up, w.experts_down, w.experts_gate_up_bias, w.experts_down_bias)]
     held, layer = [stack for stack, _ in stacks], stacks[0][1]
     body = functools.partial(_own_experts, c=c, target=target)
     if target.mesh is None:
-        return body(x, weights, chosen, held, layer, jnp.int32(0))
+        return body(x, weights, chosen, held, layer, jnp.int32(0), used), used
     over, columns = target.over("experts"), target.over("expert_mlp")
     every = rows = target.partition(())
     exchange = _exchanges(x.shape[0], c, target)
     if exchange:
         body, rows = functools.partial(_exchanged, c=c, target=target), jax.sharding.PartitionSpec(over)
 
-    def shard(x: jax.Array, weights: jax.Array, chosen: jax.Array, held: list[Any], layer: jax.Array) -> jax.Array:
+    def shard(x: jax.Array, weights: jax.Array, chosen: jax.Array, held: list[Any], layer: jax.Array, used: jax.Array) -> jax.Array:
         first = lax.axis_index(over) * jax.tree.leaves(held)[0].shape[1] if over else jnp.int32(0)
         if held[3] is not None and columns:  # what is added to a sum over the columns of experts is added once
             held = [*held[:3], jnp.where(lax.axis_index(columns) == 0, held[3], 0)]
-        return lax.psum(body(x, weights, chosen, held, layer, first), columns if exchange else (*over, *columns))
+        return lax.psum(body(x, weights, chosen, held, layer, first, used), columns if exchange else (*over, *columns))
 
-    return target.split(shard, (rows, rows, rows, _split(held, target), every), rows)(x, weights, chosen, held, layer)
+    specs: Any = (rows, rows, rows, _split(held, target), every, every)
+    return target.split(shard, specs, rows)(x, weights, chosen, held, layer, used), used
 
 
 def _split(held: list[Any], target: Target) -> list[Any]:
@@ -93,13 +98,13 @@ def _split(held: list[Any], target: Target) -> list[Any]:
     return [*matrices, bias(gate_up_bias, "expert_mlp"), bias(down_bias, "embed")]
 
 
-def _own_experts(x, weights, chosen, held: list[Any], layer, first, *, c: ModelConfig, target: Target) -> jax.Array:
-    """`experts` of those from number `first` on of which `held` has the matrices and biases, [layers, own experts, ...]."""
+def _own_experts(x, weights, chosen, held: list[Any], layer, first, used, *, c: ModelConfig, target: Target) -> jax.Array:
+    """`experts` of the slots from number `first` on of which `held` has the matrices and biases, [layers, own slots, ...]."""
     gate_up, down, gate_up_bias, down_bias = held
     own, each = jax.tree.leaves(gate_up)[0].shape[1], c.experts_per_token
-    number = jnp.where(chosen < c.num_experts, chosen - first, own).reshape(-1)  # among the own ones
+    number = (chosen - first).reshape(-1)  # among the own ones
     number = jnp.where((number >= 0) & (number < own), number, own)
-    sizes = jnp.sum(number[:, None] == jnp.arange(own), axis=0, dtype=jnp.int32)
+    sizes = lax.dynamic_slice(used, (first,), (own,))
     order = jnp.argsort(number, stable=True)  # rows of others come last, and belong to no group
     sorted_x = x[order // each]
     if c.scale_inputs:
@@ -117,14 +122,14 @@ def _exchanges(tokens: int, c: ModelConfig, target: Target) -> bool:
     return bool(target.exchange) and ways > 2 * c.experts_per_token and tokens % ways == 0
 
 
-def _exchanged(x, weights, chosen, held: list[Any], layer, first, *, c: ModelConfig, target: Target) -> jax.Array:
+def _exchanged(x, weights, chosen, held: list[Any], layer, first, used, *, c: ModelConfig, target: Target) -> jax.Array:
     """`experts` of this device's share of the tokens [T / n, D]. There is room for all tokens of a device to want one other's experts."""
-    del first
+    del first, used  # the latter is of all tokens
     gate_up, down, gate_up_bias, down_bias = held
     own, each, ways = jax.tree.leaves(gate_up)[0].shape[1], c.experts_per_token, target.ways("experts")
     number, room = chosen.reshape(-1), x.shape[0] * min(each, jax.tree.leaves(gate_up)[0].shape[1])
     order = jnp.argsort(number, stable=True)  # by device, there by expert; rows of nobody last
-    sizes = jnp.sum(number[:, None] == jnp.arange(c.num_experts), axis=0, dtype=jnp.int32).reshape(ways, own)
+    sizes = jnp.sum(number[:, None] == jnp.arange(ways * own), axis=0, dtype=jnp.int32).reshape(ways, own)
     count = sizes.sum(1)
     starts = jnp.cumsum(count) - count
     told = lax.all_to_all(jnp.concatenate([sizes, starts[:, None]], 1), target.over("experts"), 0, 0, tiled=True)

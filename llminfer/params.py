@@ -28,7 +28,8 @@ class ParamSpec:
 @flax.struct.dataclass
 class Layer:
     """Weights of one decoder layer; those that a family does not have are None. D hidden, K kv heads, G query heads a kv
-    head, H head_dim, F intermediate, q = K * G * H. E experts of size M, shared experts of size S together.
+    head, H head_dim, F intermediate, q = K * G * H. E experts of size M (with ModelConfig.expert_copies: slots for them), shared experts of
+    size S together.
 
     qkv [D, K * (G + 2) * H]: for each kv head its G query heads, then its key, then its value, so that one split over
     K shards all three. gate_up [D, 2 * F]: the gate, then the up projection. Matrices are kept 2-D: a TPU pads the
@@ -144,14 +145,14 @@ def _latent_specs(c: ModelConfig, deep: float) -> dict[str, ParamSpec]:
 
 
 def _expert_specs(c: ModelConfig, deep: float) -> dict[str, ParamSpec]:
-    d, e, m, s = c.hidden_size, c.num_experts, c.moe_intermediate_size, c.shared_intermediate_size
+    d, e, m, s = c.hidden_size, c.num_experts + c.expert_copies, c.moe_intermediate_size, c.shared_intermediate_size
     specs = dict(
-        router=ParamSpec((d, e), ("embed", "router")),
+        router=ParamSpec((d, c.num_experts), ("embed", "router")),
         experts_gate_up=ParamSpec((e, d, 2 * m), ("experts", "embed", "expert_mlp"), matrix=True),
         experts_down=ParamSpec((e, m, d), ("experts", "expert_mlp", "embed"), std=deep, matrix=True),
     )
     if c.router_bias:
-        specs["router_bias"] = ParamSpec((e,), ("router",), "zeros")
+        specs["router_bias"] = ParamSpec((c.num_experts,), ("router",), "zeros")
     if c.expert_bias:
         specs["experts_gate_up_bias"] = ParamSpec((e, 2 * m), ("experts", "expert_mlp"), "zeros")
         specs["experts_down_bias"] = ParamSpec((e, d), ("experts", "embed"), "zeros")

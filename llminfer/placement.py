@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 
-from llminfer import cache, params
+from llminfer import balance, cache, params
 from llminfer.arrange import arrangement, on_mesh
 from llminfer.config import EngineConfig, ModelConfig
 from llminfer.errors import UserError, as_user_error, refuse
@@ -23,8 +23,17 @@ from llminfer.target import Target
 from llminfer.weights.assemble import layer_of, leaves_of, params_of
 
 
-def fitted(c: ModelConfig, target: Target) -> Target:
-    """The target with rules that fit the model. Raises UserError for a mesh that does not divide it, naming the sizes that would."""
+def fitted(c: ModelConfig, settings: EngineConfig, target: Target) -> Target:
+    """The target with rules that fit the model. Raises UserError for a mesh that does not divide it, naming the sizes that would, and
+    for expert_copies that it has no use for."""
+    copies, ways = settings.expert_copies, target.ways("experts")
+    most = c.num_experts * (ways - 1)
+    if copies and not most:
+        raise refuse("expert_copies", copies, "needs a model with experts, and a mesh that splits them (ep=2 and more); legal: 0")
+    if copies > most:
+        raise refuse(
+            "expert_copies", copies, f"must be at most {most}: one of each of {c.num_experts} experts on every device of ep={ways}"
+        )
     dense = not all(c.has_experts(layer) for layer in range(c.num_layers))
     mlp = dict(intermediate_size=c.intermediate_size * dense, shared_intermediate_size=c.shared_intermediate_size)
     heads = dict(num_heads=c.num_heads)
@@ -35,8 +44,9 @@ def fitted(c: ModelConfig, target: Target) -> Target:
     if not c.kv_rank:  # key-value heads are copied where they must; a latent is on every device
         sizes |= dict(kv_heads=heads)
     if c.num_experts:
-        sizes |= dict(experts=dict(num_experts=c.num_experts), expert_mlp=dict(moe_intermediate_size=c.moe_intermediate_size))
-    return replace(target, rules=as_user_error(target.rules.fitted, target.mesh, sizes))
+        slots = {"num_experts + expert_copies" if copies else "num_experts": c.num_experts + copies}
+        sizes |= dict(experts=slots, expert_mlp=dict(moe_intermediate_size=c.moe_intermediate_size))
+    return replace(target, rules=as_user_error(target.rules.fitted, target.mesh, sizes), expert_copies=copies)
 
 
 def check_cache(c: ModelConfig, settings: EngineConfig) -> None:
@@ -108,6 +118,18 @@ def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, total
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where(s)), shapes)
 
     return cache.KVCache(placed(shapes.groups, "layers" if target.stages > 1 else None), placed(shapes.around, None))
+
+
+def abstract_routing(c: ModelConfig, target: Target) -> balance.Routing | None:
+    """ShapeDtypeStructs of what programs are told and tell of experts, on every device; None where the model has none."""
+    if not c.num_experts:
+        return None
+    where, c = target.place(()), on_mesh(c, target)
+    counts = jax.ShapeDtypeStruct((2, c.expert_layers, c.num_experts + c.expert_copies), jnp.uint32, sharding=where)
+    if not c.expert_copies:
+        return balance.Routing(counts)
+    most = balance.most_copies(c, target)
+    return balance.Routing(counts, jax.ShapeDtypeStruct((c.expert_layers, c.num_experts, 1 + most), jnp.int32, sharding=where))
 
 
 def abstract_history(settings: EngineConfig, target: Target, context: int) -> Any:

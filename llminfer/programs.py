@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llminfer import step
+from llminfer.balance import mover
 from llminfer.batch import BatchShape, pack, pack_loop, ship, unship
 from llminfer.config import EIGHT_BITS, EngineConfig, ModelConfig
 from llminfer.scheduler import Plan
@@ -39,7 +40,7 @@ _counting: ContextVar[list[int] | None] = ContextVar("counting", default=None)
 
 @dataclass(frozen=True)
 class Program:
-    """kind: mixed | decode | logits | logprobs | history; shape: its static sizes; plain: see llminfer.step."""
+    """kind: mixed | decode | logits | logprobs | history | experts; shape: its static sizes; plain: see llminfer.step."""
 
     kind: str
     shape: BatchShape
@@ -90,10 +91,16 @@ class Declared:
     def writer(self) -> Program:
         return self._program("history", self.settings.chunk, 1)
 
+    @functools.cached_property
+    def mover(self) -> Program:
+        """Gives experts other slots."""
+        return self._program("experts", 0, 1)
+
     def all(self) -> list[Program]:
         """What serving needs, the smaller first."""
         first, *rest = self.mixed
-        return [*self._variants(first, self.decode[0], *rest, *self.decode[1:]), self.writer]
+        last = [self.writer, *([self.mover] if self.settings.expert_copies else [])]
+        return [*self._variants(first, self.decode[0], *rest, *self.decode[1:]), *last]
 
     def expected(self, tokens: int, sequences: int) -> list[Program]:
         """What prompts of so many tokens and so many sequences at once need; 0 for none."""
@@ -126,9 +133,10 @@ def _fit(programs: list[Program], tokens: int) -> Program:
 class Programs:
     """Compiles `wanted` in the background, in that order, and anything else of its kinds when it is asked for."""
 
-    def __init__(self, c: ModelConfig, target: Target, shapes: tuple[Any, Any, Any], most: int, progress: Any = None):
-        """shapes: abstract (weights, cache, history); most: the longest decode loop."""
-        self.c, self.target, self.shapes, self.most = c, target, shapes, most
+    def __init__(self, c: ModelConfig, target: Target, shapes: tuple[Any, Any, Any], most: int, progress: Any = None, routing: Any = None):
+        """shapes: abstract (weights, cache, history); most: the longest decode loop; routing: `placement.abstract_routing`, None where
+        tokens of experts are not counted."""
+        self.c, self.target, self.shapes, self.most = c, target, (*shapes, routing), most
         self.seconds: dict[Program, float] = {}
         self.progress = progress
         self._futures: dict[Program, Future] = {}
@@ -185,6 +193,8 @@ class Programs:
             history, number = self.shapes[2], np.int32(0)
             write = jax.jit(step.write_history, donate_argnums=0, out_shardings=history.sharding)
             return write.lower(history, np.zeros(program.shape.tokens, np.int32), number, number, number)
+        if program.kind == "experts":
+            return mover(self.shapes[0], self.c, self.target)
         decode = step.decode_loop if self.target.stages == 1 else step.pipelined_decode_loop
         functions = {"mixed": step.mixed_step, "decode": decode, "logits": step.prompt_logits, "logprobs": step.token_logprobs}
         function = functions[program.kind]
@@ -199,15 +209,17 @@ class Programs:
         function = functools.partial(function, c=self.c, target=self.target, **keywords)
         like = (pack((), program.shape), *extra)
 
-        def shipped(params: Any, cache: Any, history: Any, flat: Any) -> Any:
-            return function(params, cache, history, *unship(flat, like))
+        def shipped(params: Any, cache: Any, history: Any, routing: Any, flat: Any) -> Any:
+            found, cache, history = function(params, replace(cache, routing=routing), history, *unship(flat, like))
+            return found, replace(cache, routing=None), history, cache.routing and cache.routing.counts
 
-        # The cache and the history come back as they went in; what is drawn is read by the host.
-        kept = jax.tree.map(lambda s: s.sharding, self.shapes[1:])
+        # The cache and the history come back as they went in; what is drawn is read by the host. So are counts, whenever somebody asks:
+        # they are not given away to the next step.
+        kept = jax.tree.map(lambda s: s.sharding, self.shapes[1:3])
         # The mesh tells kernels the chip that they are lowered for, present here or not.
         mesh = self.target.mesh or Mesh(np.array(list(kept[1].device_set)), ("devices",))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.jit(shipped, donate_argnums=(1, 2), out_shardings=(kept[1], *kept)).lower(*self.shapes, ship(like))
+            return jax.jit(shipped, donate_argnums=(1, 2), out_shardings=(kept[1], *kept, kept[1])).lower(*self.shapes, ship(like))
 
     def _compile(self, program: Program) -> Any:
         handle = self.progress.task(f"compile {program.kind} {program.shape.tokens}", 1) if self.progress else None

@@ -81,15 +81,21 @@ class Replicas:
     def token_logprobs(self, prompt: list[int]) -> tuple[np.ndarray, np.ndarray]:
         return self.engines[0].token_logprobs(prompt)
 
+    def rebalance(self) -> None:
+        """Each engine by its own tokens."""
+        for engine in self.engines:
+            engine.rebalance()
+
     def end_profile(self) -> None:
         """Only the first engine profiles: a process has one profile at a time."""
         self.engines[0].end_profile()
 
     def stats(self) -> dict[str, Any]:
-        """Of all engines together: what counts is added up; compile times are the longest, accepted_per_step and pipeline_bubble
-        means."""
+        """Of all engines together: what counts is added up; compile times and expert_imbalance are the largest, accepted_per_step and
+        pipeline_bubble means."""
         each = [engine.stats() for engine in self.engines]
-        total = _sum(each)
+        skews = [one.pop("expert_imbalance") for one in each if "expert_imbalance" in one]
+        total = _sum(each) | ({"expert_imbalance": {over: max(one[over] for one in skews) for over in skews[0]}} if skews else {})
         total["programs"] = {name: max(one["programs"].get(name, 0.0) for one in each) for name in total["programs"]}
         total["compile_s"] = max(one["compile_s"] for one in each)
         return total | {name: total[name] / len(each) for name in ("accepted_per_step", "pipeline_bubble")}

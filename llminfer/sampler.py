@@ -4,8 +4,9 @@ A token is drawn by the Gumbel-max rule: argmax over the kept ids v of logit[v] 
 noise, which draws v with exactly its probability and needs neither a sum nor a sort. G[v] is a hash of (request key, position,
 v) alone, so a token depends neither on the other rows, their order, the padding of the vocabulary, nor the sharding.
 
-Top-k, top-p and min-p each keep the ids of logit >= some bound, ties included. The bound is found exactly, without a sort, by 32
-halvings of the range of float32 numbers in their order as integers; each is one fused masked sum over the row.
+Top-k, top-p and min-p each keep the ids of logit >= some bound, ties included. The bound is found exactly, without a sort, digit by
+digit of its place among all float32 numbers: 32 binary digits, each one fused masked sum over the row; where a mesh splits the row and
+each sum is a message, 8 hexadecimal ones, each of 15 sums that travel together.
 
 Before that `adjust` applies what was asked of the logits themselves: logit_bias, penalties and min_tokens.
 """
@@ -86,10 +87,10 @@ def draw(
 
     def adjusted() -> jax.Array:
         # A number that is none must be seen also where its id could not be drawn.
-        return jnp.where(_row_max(logits)[1], sample(adjust(logits, s, history[slots]), s), -1)
+        return jnp.where(_row_max(logits)[1], sample(adjust(logits, s, history[slots]), s, target), -1)
 
     # Around the whole drawing: a cond that gave back logits would copy them where nothing is asked.
-    token = lax.cond(jnp.any(_biased(s) | _penalised(s) | _held(s)), adjusted, lambda: sample(logits, s))
+    token = lax.cond(jnp.any(_biased(s) | _penalised(s) | _held(s)), adjusted, lambda: sample(logits, s, target))
     shape = (logits.shape[0], 1 + MAX_LOGPROBS)
     nothing = lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
     return token, lax.cond(jnp.any(s.logprobs >= 0), lambda: top_logprobs(logits, token, target), nothing)
@@ -186,8 +187,8 @@ def _most_likely(logits: jax.Array, most: int, target: Target | None) -> tuple[j
     return target.split(own, split, (every, every))(logits)
 
 
-def sample(logits: jax.Array, s: SamplingBatch) -> jax.Array:
-    """Draws one token id a row: logits [R, V] (any float; -inf: never drawn), adjusted already -> [R] int32.
+def sample(logits: jax.Array, s: SamplingBatch, target: Target | None = None) -> jax.Array:
+    """Draws one token id a row: logits [R, V] (any float; -inf: never drawn), adjusted already -> [R] int32. target: as for `draw`.
 
     Greedy rows take the largest logit, the lowest id of equals. A row that holds NaN or +inf, or nothing above -inf, gives -1.
     A batch of greedy rows costs a maximum and a search; noise and each threshold are computed only if some row asks."""
@@ -196,7 +197,7 @@ def sample(logits: jax.Array, s: SamplingBatch) -> jax.Array:
 
     def by_chance() -> jax.Array:
         score = _gumbel(_bits(s, logits.shape[1])) - _distance(logits, top, s)
-        score = jnp.where(logits >= _bound(logits, top, s), score, -jnp.inf)
+        score = jnp.where(logits >= _bound(logits, top, s, target), score, -jnp.inf)
         score = jnp.where((s.temperature > 0)[:, None], score, logits)
         return _first(score, jnp.max(score, axis=-1, keepdims=True))
 
@@ -241,22 +242,23 @@ def _distance(logits: jax.Array, top: jax.Array, s: SamplingBatch) -> jax.Array:
     return (top - logits) * (1 / jnp.maximum(s.temperature, _TINY))[:, None]
 
 
-def _bound(logits: jax.Array, top: jax.Array, s: SamplingBatch) -> jax.Array:
+def _bound(logits: jax.Array, top: jax.Array, s: SamplingBatch, target: Target | None = None) -> jax.Array:
     """The smallest logit kept [R, 1], finite: top-k, then top-p over what top-k kept, then min-p. Greedy rows ask for nothing."""
     asks = s.temperature > 0
     off = jnp.full(top.shape, -_MAX, jnp.float32)
+    bits = 1 if target is None or target.ways("vocab") == 1 else 4
     use_k, use_p = (asks & (s.top_k > 0))[:, None], (asks & (s.top_p < 1))[:, None]
 
     def top_k() -> jax.Array:
-        found = _largest_bound(lambda t: jnp.sum((logits >= t).astype(jnp.int32), axis=-1, keepdims=True), s.top_k[:, None])
+        found = _largest_bound(lambda t: _sums(logits, t, jnp.ones_like(logits, jnp.int32)), s.top_k[:, None], bits)
         return jnp.where(use_k, found, off)
 
     bound_k = lax.cond(jnp.any(use_k), top_k, lambda: off)
 
     def top_p() -> jax.Array:
         weight = jnp.where(logits >= bound_k, jnp.exp(-_distance(logits, top, s)), 0.0)
-        target = s.top_p[:, None] * jnp.sum(weight, axis=-1, keepdims=True)
-        found = _largest_bound(lambda t: jnp.sum(jnp.where(logits >= t, weight, 0.0), axis=-1, keepdims=True), target)
+        mass = s.top_p[:, None] * jnp.sum(weight, axis=-1, keepdims=True)
+        found = _largest_bound(lambda t: _sums(logits, t, weight), mass, bits)
         return jnp.where(use_p, found, off)
 
     bound_p = lax.cond(jnp.any(use_p), top_p, lambda: off)
@@ -265,19 +267,26 @@ def _bound(logits: jax.Array, top: jax.Array, s: SamplingBatch) -> jax.Array:
     return jnp.clip(bound, off, top)  # no parameter drops the most likely id
 
 
-def _largest_bound(measure: Callable[[jax.Array], jax.Array], target: jax.Array) -> jax.Array:
-    """The largest float32 t [R, 1] for which measure(t) >= target [R, 1], exact; the smallest finite float where there is none.
+def _sums(logits: jax.Array, least: jax.Array, weight: jax.Array) -> jax.Array:
+    """Of each row, the sums [R, n] of the weights [R, V] of ids whose logit is at least least [R, n]."""
+    return jnp.sum(jnp.where(logits[:, None] >= least[:, :, None], weight[:, None], 0), axis=-1)
 
-    measure: t [R, 1] -> [R, 1], not increasing in t, below target at +inf."""
 
-    def halve(_: int, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = interval  # measure(low) >= target > measure(high)
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
-        enough = measure(_float_at(middle)) >= target
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+def _largest_bound(measure: Callable[[jax.Array], jax.Array], least: jax.Array, bits: int = 1) -> jax.Array:
+    """The largest float32 t [R, 1] for which measure(t) >= least [R, 1], exact; the smallest finite float where there is none.
 
-    low, high = (jnp.full_like(target, _order(x), jnp.int32) for x in (-_MAX, np.float32(np.inf)))
-    return _float_at(lax.fori_loop(0, 32, halve, (low, high))[0])
+    measure: t [R, n] -> [R, n], not increasing in t. bits: of t's place that one measuring finds; it then tries 2**bits - 1 numbers."""
+    first, span = _order(-_MAX), _order(np.float32(np.inf)) - _order(-_MAX)
+    digits = jnp.arange(1, 1 << bits, dtype=jnp.uint32)
+
+    def narrow(i: jax.Array, found: jax.Array) -> jax.Array:
+        shift = (32 - bits * (i + 1)).astype(jnp.uint32)
+        tried = found + (digits << shift)  # places from that of the smallest finite float on; those behind the largest do not count
+        enough = measure(_float_at(lax.bitcast_convert_type(tried, jnp.int32) + first)) >= least
+        return found + (jnp.sum(enough & (tried < jnp.uint32(span)), axis=-1, keepdims=True, dtype=jnp.uint32) << shift)
+
+    place = lax.fori_loop(0, 32 // bits, narrow, jnp.zeros(least.shape, jnp.uint32))
+    return _float_at(lax.bitcast_convert_type(place, jnp.int32) + first)
 
 
 def _order(x: np.float32) -> int:

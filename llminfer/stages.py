@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llminfer import model
+from llminfer.balance import Routing, added, of_layers
 from llminfer.batch import Batch
 from llminfer.cache import KVCache
 from llminfer.config import ModelConfig
@@ -55,25 +56,39 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
     tokens = batch.tokens.shape[0]
     size = rows_of_piece(tokens, target)
     pieces = -(-tokens // size)
-    x, around = listed(params, model.embed(params, batch, c, target), cache.around, batch, c, target, tokens, leading=True)
+    x, cache, used = listed(params, model.embed(params, batch, c, target), cache, [], batch, c, target, tokens, leading=True)
     pad = lambda a: jnp.pad(a, ((0, pieces * size - tokens), *[(0, 0)] * (a.ndim - 1)))
     rows = replace(batch, tokens=pad(batch.tokens), positions=pad(batch.positions), reach=pad(batch.reach), sampling=None)
-    used = -(-jnp.max(batch.q_start + batch.q_len) // size) if target.branches else pieces
+    live = -(-jnp.max(batch.q_start + batch.q_len) // size) if target.branches else pieces
     after = len(params.listed) > params.leading
     work = functools.partial(_work, c=c, target=target, size=size)
     xs = pad(x).reshape(pieces, size, -1)
     every = jnp.arange(tokens) if after or wanted is None else wanted
-    x, groups = pipeline.run(work, params.stacked, cache.groups, xs, used, every, rows, mesh=target.mesh)
+    weights, state = _of_stages(params, cache, c)
+    x, (groups, counts) = pipeline.run(work, weights, state, xs, live, every, rows, mesh=target.mesh)
+    cache, used = replace(cache, groups=groups), used if counts is None else [*used, counts]
     if after:
-        x, around = listed(params, x, around, batch, c, target, tokens, leading=False)
+        x, cache, used = listed(params, x, cache, used, batch, c, target, tokens, leading=False)
         x = x if wanted is None else x[wanted]
-    return model.final_norm(params, x, c, target), KVCache(groups, around)
+    return model.final_norm(params, x, c, target), _counted(cache, used)
 
 
-def _work(weights, groups, x, at, busy, batch: Batch, *, c: ModelConfig, target: Target, size: int):
+def _of_stages(params: Params, cache: KVCache, c: ModelConfig) -> tuple[Any, Any]:
+    """(weights, state) of the pipeline, by layer: with the weights what programs are told of experts, with the caches how many tokens come
+    to each slot for experts, from 0 on; None in a model without."""
+    first, last = (sum(c.has_experts(layer) for layer in range(end)) for end in (c.scanned.start, c.scanned.stop))
+    counts = jnp.zeros((last - first, cache.routing.counts.shape[-1]), jnp.int32) if cache.routing and last > first else None
+    return (params.stacked, of_layers(cache.routing, first, last - first)), (cache.groups, counts)
+
+
+def _counted(cache: KVCache, used: list[jax.Array]) -> KVCache:
+    return replace(cache, routing=cache.routing and replace(cache.routing, counts=added(cache.routing.counts, used)))
+
+
+def _work(weights, state, x, at, busy, batch: Batch, *, c: ModelConfig, target: Target, size: int):
     """One piece of a ragged batch in one stage; see pipeline.run."""
     piece = piece_of(batch, at, size)
-    return stage(weights, groups, x, replace(piece, q_len=jnp.where(busy, piece.q_len, 0)), c, target, size)
+    return stage(weights, state, x, replace(piece, q_len=jnp.where(busy, piece.q_len, 0)), c, target, size)
 
 
 def piece_of(batch: Batch, at: jax.Array, size: int) -> Batch:
@@ -86,25 +101,32 @@ def piece_of(batch: Batch, at: jax.Array, size: int) -> Batch:
     return replace(batch, **rows, q_start=jnp.where(end > start, start, 0), q_len=end - start, kv_len=batch.kv_len - behind)
 
 
-def stage(weights: Any, groups: Any, x: jax.Array, batch: Batch, c: ModelConfig, target: Target, q_max: int) -> tuple[jax.Array, Any]:
-    """The layers of one stage, on its own part of stacked weights and cache."""
+def stage(weights: Any, state: Any, x: jax.Array, batch: Batch, c: ModelConfig, target: Target, q_max: int) -> tuple[jax.Array, Any]:
+    """The layers of one stage, on its own part of what `_of_stages` gives."""
+    (stacked, told), (groups, counts) = weights, state
+    routing = None if told is None else Routing(told[1][None], told[0])
     inside = replace(target, in_stage=True)
     how: dict[str, Any] = dict(batch=batch, ropes=model.ropes_of(batch, c), c=c, target=inside, q_max=q_max)
-    x, groups = model.run_stacked(weights, x, list(groups), functools.partial(model.run_layer, **how), c, alone=True)
-    return x, tuple(groups)
+    layer = functools.partial(model.run_layer, **how)
+    x, groups, used = model.run_stacked(stacked, x, list(groups), layer, c, routing, [], alone=True)
+    return x, (tuple(groups), counts + used[0] if used else counts)
 
 
-def listed(params: Params, x, around: tuple[Any, ...], batch: Batch, c: ModelConfig, target: Target, q_max: int, *, leading: bool):
-    """The layers before (leading), or after, those of the stages, on the devices of all stages: (x [T, D], their caches)."""
+def listed(params: Params, x, cache: KVCache, used: list[Any], batch: Batch, c: ModelConfig, target: Target, q_max: int, *, leading: bool):
+    """The layers before (leading), or after, those of the stages, on the devices of all stages: (x [T, D], the cache, used). used: tokens
+    of each slot for experts, of the layers so far."""
     first, last = (0, params.leading) if leading else (params.leading, len(params.listed))
     if first == last:
-        return x, around
+        return x, cache, used
+    around = cache.around
     caches, numbers = list(around), [number for number in range(c.num_layers) if number not in c.scanned]
     how: dict[str, Any] = dict(batch=batch, ropes=model.ropes_of(batch, c), c=c, target=target, q_max=q_max)
     for at in range(first, last):
         kind = (c.groups.index(c.window(numbers[at])), c.rope(numbers[at]))
-        x, caches[at] = model.run_layer(params.listed[at], x, caches[at], jnp.int32(0), kind=kind, **how)
-    return x, tuple(caches)
+        place = (jnp.int32(0), of_layers(cache.routing, sum(map(len, used)), 1))
+        x, caches[at], counted = model.run_layer(params.listed[at], x, caches[at], place, kind=kind, **how)
+        used = used if counted is None else [*used, counted]
+    return x, replace(cache, around=tuple(caches)), used
 
 
 # A decode loop: piece m of M has rows m, m + M, ... of the batch, so that few sequences are in as many pieces as there can be.
@@ -151,16 +173,18 @@ def tick(params: Params, cache: KVCache, batch: Batch, moving, now, end, c: Mode
     """One tick of a decode loop on a dealt batch. Returns (hidden states of the piece that leaves, after the final norm; the cache; what
     moves between the stages)."""
     entering, *_ = in_stage(batch, 0, now, end, schedule)
-    x, around = listed(params, model.embed(params, entering, c, target), cache.around, entering, c, target, 1, leading=True)
+    x, cache, used = listed(params, model.embed(params, entering, c, target), cache, [], entering, c, target, 1, leading=True)
+    weights, state = _of_stages(params, cache, c)
     work = functools.partial(_decode_work, c=c, target=target, schedule=schedule)
     own = replace(batch, sampling=None)
-    x, moving, groups = pipeline.tick(work, params.stacked, cache.groups, x, moving, now, end, own, mesh=target.mesh)
+    x, moving, (groups, counts) = pipeline.tick(work, weights, state, x, moving, now, end, own, mesh=target.mesh)
+    cache, used = replace(cache, groups=groups), used if counts is None else [*used, counts]
     leaving, *_ = in_stage(batch, target.stages - 1, now, end, schedule)
-    x, around = listed(params, x, around, leaving, c, target, 1, leading=False)
-    return model.final_norm(params, x, c, target), KVCache(groups, around), moving
+    x, cache, used = listed(params, x, cache, used, leaving, c, target, 1, leading=False)
+    return model.final_norm(params, x, c, target), _counted(cache, used), moving
 
 
-def _decode_work(weights, groups, x, number, now, end, batch: Batch, *, c: ModelConfig, target: Target, schedule: Schedule):
+def _decode_work(weights, state, x, number, now, end, batch: Batch, *, c: ModelConfig, target: Target, schedule: Schedule):
     """One tick of stage `number`; see pipeline.tick."""
     piece, *_ = in_stage(batch, number, now, end, schedule)
-    return stage(weights, groups, x, piece, c, target, 1)
+    return stage(weights, state, x, piece, c, target, 1)

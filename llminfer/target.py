@@ -27,7 +27,8 @@ class Target:
     branch at no cost; not on a GPU, where the host waits to read what it depends on. debug: lengths and page ids are checked on the
     device too. mesh: a jax.sharding.Mesh, or None for one device. rules: what of an array is split over which of its axes. device: the one
     without a mesh; None: the first. exchange: how tokens go to the devices of their experts where that moves less than a sum (moe.py):
-    "ragged" (TPU), "padded" (for tests on a CPU), "" never. in_stage: what is computed runs on the devices of one stage of a pipeline."""
+    "ragged" (TPU), "padded" (for tests on a CPU), "" never. expert_copies: see EngineConfig. in_stage: what is computed runs on the
+    devices of one stage of a pipeline."""
 
     platform: str
     kernels: str
@@ -40,6 +41,7 @@ class Target:
     rules: Rules = RULES
     device: Any = None
     exchange: str = ""
+    expert_copies: int = 0
     in_stage: bool = False
 
     @classmethod

@@ -81,8 +81,8 @@ def compiled(chip: str, model: str, quantize: str | None, kind: str, pages: int 
     cache = placement.abstract_cache(c, settings, target, (pages,) * len(c.groups))
     shapes: Any = (weights, cache, placement.abstract_history(settings, target, CONTEXT))
     there = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=Format(s.format.layout, SingleDeviceSharding(device)))
-    shapes = jax.tree.map(there, shapes)
-    programs = Programs(c, target, shapes, most=32)
+    shapes, routing = jax.tree.map(there, (shapes, placement.abstract_routing(c, target)))
+    programs = Programs(c, target, shapes, most=32, routing=routing)
     tokens = SLOTS if kind == "decode" else CHUNK + SLOTS
     program = Program(kind, BatchShape(tokens, SLOTS, CONTEXT // PAGE, len(c.groups)), plain=gpu)
     # XLA's choice among products is made by timing them, which needs the GPU.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llminfer import sampler
 from llminfer.batch import no_sampling
 from llminfer.sampler import SamplingBatch, request_key
+from llminfer.target import Target
+from sharding.collectives import collectives
 
 sample = jax.jit(sampler.sample)
 distribution = jax.jit(sampler.distribution)
@@ -263,9 +266,21 @@ def test_sharded_vocabulary_gives_the_same_tokens():
     s = batch(16, [1.0, 0.0, 0.7, 2.0] * 4, [0, 0, 5, 40] * 4, [1.0, 1.0, 0.9, 0.5] * 4, [0.0, 0.05] * 8, position=range(16))
     mesh = Mesh(np.array(jax.devices()[:8]), ("tp",))
     sharding = NamedSharding(mesh, PartitionSpec(None, "tp"))
-    compiled = jax.jit(sampler.sample).lower(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), s).compile()
-    program = str(compiled.as_text())
-    assert (
-        "all-reduce" in program and "all-gather" not in program
-    )  # the logits stay where they are; only one number a row and pass is summed
+    drawing = jax.jit(functools.partial(sampler.sample, target=Target.of("cpu", mesh=mesh)))
+    compiled = drawing.lower(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), s).compile()
+    told = collectives(str(compiled.as_text()))
+    # The logits stay where they are; for each bound 15 numbers a row are summed at a time.
+    assert {each.kind for each in told} == {"all-reduce"}
+    assert sum(shape[:2] == (16, 15) for each in told for shape in each.shapes) == 2
     np.testing.assert_array_equal(compiled(jax.device_put(x, sharding), s), sample(x, s))
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_bound_is_the_last_number_that_keeps_enough(bits: int) -> None:
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.standard_normal((6, 50)) * 10.0 ** rng.integers(-30, 38, (6, 50)), [[1.5, -1.5] * 25]]).astype(np.float32)
+    x[0, :3] = -np.inf
+    k = np.array([[1], [50], [7], [3], [51], [25], [9]], np.int32)
+    found = jax.jit(lambda x, k: sampler._largest_bound(lambda t: sampler._sums(x, t, jnp.ones_like(x, jnp.int32)), k, bits))(x, k)
+    want = [[-np.sort(-row)[n - 1] if n <= len(row) else np.finfo(np.float32).min] for row, (n,) in zip(x, k, strict=True)]
+    np.testing.assert_array_equal(found, want)
