@@ -122,6 +122,24 @@ class AsyncLLM:
             with contextlib.suppress(UserError):  # an engine that has stopped has ended it
                 self._send(end)
 
+    async def rebalance(self) -> None:
+        """LLM.rebalance, between two steps of what is being served. Raises UserError as that does."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def move(served: bool) -> None:
+            try:
+                if not served:
+                    raise self._refusal()
+                self.llm.rebalance()
+            except BaseException as error:
+                loop.call_soon_threadsafe(done.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(done.set_result, None)
+
+        self._send(move)
+        await done
+
     async def close(self) -> None:
         """Ends all requests, then the thread."""
         self._inbox.put(None)

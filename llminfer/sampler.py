@@ -6,7 +6,7 @@ v) alone, so a token depends neither on the other rows, their order, the padding
 
 Top-k, top-p and min-p each keep the ids of logit >= some bound, ties included. The bound is found exactly, without a sort, digit by
 digit of its place among all float32 numbers: 32 binary digits, each one fused masked sum over the row; where a mesh splits the row and
-each sum is a message, 8 hexadecimal ones, each of 15 sums that travel together.
+each sum is a message, fewer and larger digits, of sums that travel together.
 
 Before that `adjust` applies what was asked of the logits themselves: logit_bias, penalties and min_tokens.
 """
@@ -246,7 +246,9 @@ def _bound(logits: jax.Array, top: jax.Array, s: SamplingBatch, target: Target |
     """The smallest logit kept [R, 1], finite: top-k, then top-p over what top-k kept, then min-p. Greedy rows ask for nothing."""
     asks = s.temperature > 0
     off = jnp.full(top.shape, -_MAX, jnp.float32)
-    bits = 1 if target is None or target.ways("vocab") == 1 else 4
+    bits = 1
+    if target is not None and target.ways("vocab") > 1:
+        bits = 2 if target.platform == "cpu" else 4  # a CPU's devices share its cores, and a message is cheap
     use_k, use_p = (asks & (s.top_k > 0))[:, None], (asks & (s.top_p < 1))[:, None]
 
     def top_k() -> jax.Array:

@@ -59,6 +59,16 @@ def _let_engines_go(request: pytest.FixtureRequest) -> Iterator[None]:
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def compiled_fast() -> Iterator[None]:
+    """Programs that are not optimized compile in two thirds of the time, for tests that compare them with each other."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def _marked_needs(request: pytest.FixtureRequest) -> None:
     """Tests marked `demo` or `gpu` are skipped where there is none, whether or not they use a fixture of ours."""

@@ -24,6 +24,8 @@ def test_many_at_once_give_the_tokens_of_generate(llm: LLM) -> None:
     async def main() -> tuple[list, list[str]]:
         async with AsyncLLM(llm) as served:
             streams = [await served.submit(prompt, PARAMS) for prompt in PROMPTS]
+            with pytest.raises(UserError, match="expert_copies=0: must be at least 1"):
+                await served.rebalance()
             outs = await asyncio.gather(*(stream.result() for stream in streams))
             texts = ["".join([piece async for piece in stream]) for stream in streams]
             return outs, texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -9,16 +10,20 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import test_moe
 from test_mesh import PROMPTS, SMALL, Given, model_of
 
-from llminfer import SamplingParams, UserError
+from llminfer import AsyncLLM, SamplingParams, UserError
+from llminfer.arrange import Halves
 from llminfer.balance import by_expert, imbalance, place, sources, table, total
-from llminfer.config import EngineConfig, ModelConfig
+from llminfer.config import EngineConfig, ModelConfig, from_toml
 from llminfer.engine import Engine
+from llminfer.moe import experts
 from llminfer.quant import dequantize
 from llminfer.target import Target
 from sharding.mesh import make_meshes
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 EIGHT = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 # All tokens want expert 7, and another.
 SKEWED = dataclasses.replace(SMALL["moe"], router_bias="logits")
@@ -38,17 +43,17 @@ def loads(order: np.ndarray, load: np.ndarray, devices: int) -> np.ndarray:
 
 def test_a_placement_has_all_experts_and_evens_out_devices() -> None:
     rng, gains = np.random.default_rng(0), []
-    for experts, copies, devices in [(8, 0, 4), (8, 4, 4), (8, 8, 2), (64, 16, 8), (5, 1, 3)] * 4:
-        load = rng.permutation(1000 / np.arange(1, experts + 1) ** rng.uniform(0, 1.5))
-        order = place(load, experts + copies, devices)
-        assert order.dtype == np.int32 and len(order) == experts + copies and set(order) == {*range(experts)}
+    for number, copies, devices in [(8, 0, 4), (8, 4, 4), (8, 8, 2), (64, 16, 8), (5, 1, 3)] * 4:
+        load = rng.permutation(1000 / np.arange(1, number + 1) ** rng.uniform(0, 1.5))
+        order = place(load, number + copies, devices)
+        assert order.dtype == np.int32 and len(order) == number + copies and set(order) == {*range(number)}
         each = order.reshape(devices, -1)
         assert all(len({*row}) == len(row) for row in each)  # no two of one expert on a device
         found = loads(order, load, devices)
         # Longest-first leaves the fullest device at most 4/3 of the best, which is at least the mean and the heaviest slot; with as many
         # slots on each, the bound is what was seen.
         assert found.max() <= 1.5 * max(found.mean(), (load / np.bincount(order)).max())
-        if copies and experts % devices == 0:
+        if copies and number % devices == 0:
             gains.append(imbalance(load.reshape(1, devices, -1).sum(2)) / imbalance(found[None]))
     assert min(gains) > 0.99 and np.mean(gains) > 1.2
     np.testing.assert_array_equal(place(np.array([1.0, 9, 1, 1]), 6, 2).reshape(2, 3), [[0, 1, 2], [0, 1, 3]])
@@ -125,6 +130,14 @@ def test_copies_even_out_devices_and_change_no_token() -> None:
     while llm.engine.busy:  # also with a step under way
         llm.engine.step()
         llm.rebalance()
+
+    async def meanwhile() -> list[int]:
+        async with AsyncLLM(llm) as serving:
+            stream = await serving.submit(prompt, GREEDY)
+            await serving.rebalance()
+            return (await stream.result()).token_ids
+
+    assert asyncio.run(meanwhile()) == made[0].output
     wanted = alone.prompt_logits(prompt + made[0].output)
     for tokens, logits, _ in runs:
         assert tokens == made[0].output == wanted[len(prompt) - 1 : -1].argmax(1).tolist()
@@ -135,6 +148,27 @@ def test_copies_even_out_devices_and_change_no_token() -> None:
     assert llm.stats()["compiles_after_warmup"] == 0 and "llminfer_expert_imbalance_devices" in llm.prometheus()
     for one in (alone, llm):
         one.close()
+
+
+@EIGHT
+@pytest.mark.parametrize(("exchange", "axes"), [("", {"ep": 4, "tp": 2}), ("padded", {"ep": 8})])
+def test_copies_take_turns(exchange: str, axes: dict[str, int]) -> None:
+    """And each token reaches its experts, wherever they are; rows of nobody take no turn."""
+    ((mesh, _),) = make_meshes(axes, jax.devices())
+    c = dataclasses.replace(from_toml("tiny_moe"), expert_copies=8)
+    target = dataclasses.replace(Target.of("cpu", mesh=mesh), exchange=exchange)
+    router, gate_up, down = test_moe.weights()
+    order = place(np.array([1.0, 2, 3, 4, 5, 6, 7, 80]), 16, axes["ep"])
+    told = (table(order[None], 8, axes["ep"])[0], np.arange(16, dtype=np.uint32))
+    x, live = np.random.default_rng(0).standard_normal((24, c.hidden_size), np.float32), np.arange(24) % 4 != 1
+    w = test_moe.layer(router, Halves(target.ways("expert_mlp"))(gate_up[order]), down[order])
+    y, used = jax.jit(lambda x, live, w, told: experts(x, live, w, c, target, told))(x, live, w, told)
+    wanted = test_moe.expected(x, live, router, gate_up, down, c)
+    np.testing.assert_allclose(y, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+    chosen = np.argsort(-(x[live] @ router), axis=1)[:, :2]
+    used = np.asarray(used)
+    np.testing.assert_array_equal(by_expert(used[None], order[None], 8)[0], np.bincount(chosen.ravel(), minlength=8))
+    assert all(np.ptp(used[order == expert]) <= 1 for expert in range(8)) and len({*order}) == 8 < len(order)
 
 
 @EIGHT

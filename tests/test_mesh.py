@@ -28,7 +28,7 @@ from llminfer.weights.assemble import leaves_of
 from sharding.collectives import collectives
 from sharding.mesh import make_meshes, parse_mesh
 
-pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+pytestmark = [pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices"), pytest.mark.usefixtures("compiled_fast")]
 PROMPTS = [[(7 * i + i * j + j) % 500 + 3 for i in range(length)] for j, length in enumerate((41, 33, 5))]
 GREEDY = SamplingParams(max_tokens=10, ignore_eos=True, logprobs=2)
 DRAWN = SamplingParams(
@@ -52,14 +52,6 @@ MESHES = [
     ("moe", "dp=2,ep=4", {}),
     ("moe", "dp=4,ep=2", {"layout": "stacked"}),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_fast() -> Iterator[None]:
-    """Programs that are not optimized compile in two thirds of the time; here they are compared with each other."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +132,7 @@ def test_collectives_are_found_in_xlas_text() -> None:
 
 
 def test_a_host_holds_a_few_tensors_while_it_loads_a_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the ten of their sizes, three: what is read, put in order and cut in parts. What lies on devices is not NumPy's, and not counted."""
+    """What is read, what is put in order, and its parts: three of the ten that there are. What lies on devices is not counted."""
     monkeypatch.setattr(assemble, "AHEAD_BYTES", 0)
     checkpoint = open_model(str(write_model(tmp_path / "tiny", tokenizer=False)))
     ((mesh, _),) = make_meshes({"ep": 2, "tp": 4}, jax.devices())

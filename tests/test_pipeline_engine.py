@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,7 @@ from sharding.collectives import collectives
 from sharding.mesh import make_meshes, parse_mesh
 from sharding.pipeline import Schedule
 
-pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_fast() -> Iterator[None]:
-    """As in test_mesh: what is compared with each other need not be optimized."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = [pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices"), pytest.mark.usefixtures("compiled_fast")]
 
 
 def mesh_of(text: str, devices: Any = None) -> Any:
