@@ -79,8 +79,8 @@ def experts(x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Tar
             held = [*held[:3], jnp.where(lax.axis_index(columns) == 0, held[3], 0)]
         return lax.psum(body(x, weights, chosen, held, layer, first, used), columns if exchange else (*over, *columns))
 
-    specs: Any = dict(in_specs=(rows, rows, rows, _split(held, target), every, every), out_specs=rows)
-    return jax.shard_map(shard, mesh=target.mesh, **specs, check_vma=False)(x, weights, chosen, held, layer, used), used
+    specs: Any = (rows, rows, rows, _split(held, target), every, every)
+    return target.split(shard, specs, rows)(x, weights, chosen, held, layer, used), used
 
 
 def _split(held: list[Any], target: Target) -> list[Any]:

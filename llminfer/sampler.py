@@ -184,7 +184,7 @@ def _most_likely(logits: jax.Array, most: int, target: Target | None) -> tuple[j
         return values, jnp.take_along_axis(ids, at, axis=1)
 
     every = target.partition((None, None))
-    return jax.shard_map(own, mesh=target.mesh, in_specs=split, out_specs=(every, every), check_vma=False)(logits)
+    return target.split(own, split, (every, every))(logits)
 
 
 def sample(logits: jax.Array, s: SamplingBatch, target: Target | None = None) -> jax.Array:
