@@ -7,6 +7,7 @@ table that the programs are given, so that nothing is compiled again when copies
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -210,8 +211,13 @@ def mover(shapes: Params, c: ModelConfig, target: Target) -> Any:
 
         return lax.fori_loop(0, leaf.shape[0], layer, leaf)
 
+    def of_stage(rows: jax.Array, layers: int) -> jax.Array:  # of which a pipeline's stage has some
+        over = target.over("layers")
+        return lax.dynamic_slice_in_dim(rows, lax.axis_index(over) * layers, layers) if over else rows
+
     def shard(leaves: Any, wanted: jax.Array) -> Any:
-        stacked = [jax.tree.map(lambda x, at=at: moved(x, wanted[at]), each) for each, at in zip(leaves[0], stacks, strict=True)]
+        own = lambda x, at: moved(x, of_stage(wanted[at], x.shape[0]))
+        stacked = [jax.tree.map(functools.partial(own, at=at), each) for each, at in zip(leaves[0], stacks, strict=True)]
         listed = [jax.tree.map(lambda x, at=at: moved(x[None], wanted[at])[0], each) for each, at in zip(leaves[1], singles, strict=True)]
         return tuple(stacked), tuple(listed)
 

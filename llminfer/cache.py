@@ -25,9 +25,11 @@ class ScaledPages:
 class KVCache:
     """groups[g]: stacked layout: one array [layers of the group, pages, Hkv, page, lanes], or ScaledPages of one; listed layout: a
     tuple of such with one layer each. See pallas_kernels/paged_attention.py for a row: ModelConfig.row_dim lanes, on a TPU whole tiles.
+    around: of a pipeline, whose groups have the layers of its stages alone, one such for each layer around those; else empty.
     routing: inside a program, what it is told and counts of experts."""
 
     groups: tuple[Any, ...]
+    around: tuple[Any, ...] = ()
     routing: Routing | None = None
 
 
@@ -37,8 +39,10 @@ def row_lanes(c: ModelConfig, platform: str) -> int:
     return -(-c.row_dim // tile) * tile
 
 
-def abstract(c: ModelConfig, pages: tuple[int, ...], page_size: int, dtype: Any, *, stacked: bool, platform: str = "cpu") -> KVCache:
-    """Shapes of the cache; pages: number of pages of each group."""
+def abstract(
+    c: ModelConfig, pages: tuple[int, ...], page_size: int, dtype: Any, *, stacked: bool, stages: int = 1, platform: str = "cpu"
+) -> KVCache:
+    """Shapes of the cache; pages: number of pages of each group; stages: of a pipeline, 1 for none."""
     dtype = jnp.dtype(dtype)
 
     def arrays(layers: int, number: int):
@@ -51,7 +55,11 @@ def abstract(c: ModelConfig, pages: tuple[int, ...], page_size: int, dtype: Any,
         layers = len(c.group_layers(index))
         return arrays(layers, pages[index]) if stacked else (arrays(1, pages[index]),) * layers
 
-    return KVCache(tuple(group(i) for i in range(len(c.groups))))
+    if stages == 1:
+        return KVCache(tuple(group(i) for i in range(len(c.groups))))
+    staged = tuple(arrays(sum(i in c.scanned for i in c.group_layers(g)), pages[g]) for g in range(len(c.groups)))
+    around = tuple(arrays(1, pages[c.groups.index(c.window(i))]) for i in range(c.num_layers) if i not in c.scanned)
+    return KVCache(staged, around)
 
 
 def allocate(shapes: KVCache, *, poison: bool = False) -> KVCache:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from llminfer import cache as kv
-from llminfer import placement
+from llminfer import placement, stages
 from llminfer.arrange import on_mesh
 from llminfer.balance import Experts
 from llminfer.batch import pack, pack_loop, ship
@@ -94,6 +94,7 @@ class Engine:
         self._times = {"mixed": Histogram(), "decode": Histogram()}
         self._prefill_tokens = self._decode_tokens = 0
         self._prefill_s = self._decode_s = 0.0
+        self._stage_ticks = [0, 0]  # of a stage of a pipeline: those in which it had something to do, and all
         self._compiled = [0]
         self._traced = 0  # steps in the profile
         self._step_s = self._chunk_s = 0.0  # of the last decode loop's steps, and of the last chunk beside sequences that decode
@@ -118,6 +119,15 @@ class Engine:
         self.weights_bytes = placement.tree_bytes(self._params)
         self._cache = kv.allocate(self._shapes[1], poison=self.settings.debug)
         self._history = placement.zeros(self._shapes[2])
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Of the table in which tokens are looked up: a step reads a row of it for each token."""
+        return placement.tree_bytes(self._params.embed)
+
+    def bytes_per_token(self, group: int) -> float:
+        """Bytes of the cache that a token takes in all layers of page group `group`."""
+        return placement.tree_bytes(self._shapes[1].groups[group]) / (self.pages.groups[group].total * self.settings.page_size)
 
     # Requests ---------------------------------------------------------------------------------------------------
 
@@ -291,6 +301,9 @@ class Engine:
         seconds, self._landed = now - max(flight.sent, self._landed), now
         self._times["decode" if plan.steps else "mixed"].observe(seconds)
         self._book(plan, drawn, seconds)
+        if self.target.stages > 1:
+            ticks = stages.occupied(plan, drawn, flight.program.shape.tokens, self.target)
+            self._stage_ticks = [sum(pair) for pair in zip(self._stage_ticks, ticks, strict=True)]
         touched = self.scheduler.commit(plan, drawn)
         for seq in touched:
             self._show(seq)
@@ -438,6 +451,12 @@ class Engine:
         finally:
             self.pages.release(seq)
 
+    @property
+    def _bubble(self) -> float:
+        """The share of their time in which the stages of a pipeline had nothing to do, by the schedules of the steps so far; else 0."""
+        busy, ticks = self._stage_ticks
+        return round(1 - busy / ticks, 4) if ticks else 0.0
+
     def stats(self) -> dict[str, Any]:
         """Counters since the start; see DESIGN for the names."""
         times = {kind: histogram.snapshot() for kind, histogram in self._times.items()}
@@ -460,6 +479,7 @@ class Engine:
             "prefill_s": self._prefill_s,
             "decode_s": self._decode_s,
             "accepted_per_step": 1.0,
+            "pipeline_bubble": self._bubble,
             "weights_bytes": self.weights_bytes,
             "cache_bytes": self.cache_bytes,
         } | experts

@@ -226,7 +226,7 @@ def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, target:
     spec = jax.sharding.PartitionSpec
     stored = (columns, rows) if w.turned else (rows, columns)
     specs = (spec(None, rows), spec(None, *stored), spec(None, rows if many else None, columns), spec())
-    return jax.shard_map(body, mesh=target.mesh, in_specs=specs, out_specs=spec(None, columns), check_vma=False)(x, w.q, w.scale, layer)
+    return target.split(body, specs, spec(None, columns))(x, w.q, w.scale, layer)
 
 
 def _int8_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:

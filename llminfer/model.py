@@ -26,8 +26,8 @@ from pallas_kernels.rope import rotate
 def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, q_max: int) -> tuple[jax.Array, KVCache]:
     """Hidden states after the final norm, [T, D], and the cache with the batch's keys and values in it.
     q_max: static bound of batch.q_len (1: decode)."""
-    x = _embed(params, batch, c, target)
-    ropes = _ropes(batch, c)
+    x = embed(params, batch, c, target)
+    ropes = ropes_of(batch, c)
     layer = functools.partial(run_layer, batch=batch, ropes=ropes, c=c, target=target, q_max=q_max)
     groups: list[Any] = list(cache.groups)
     used: list[jax.Array] = []  # of the layers so far that have experts: tokens of each slot for them
@@ -35,7 +35,7 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
     numbers = [number for number in range(c.num_layers) if number not in scanned]
     for at, (number, weights) in enumerate(zip(numbers, params.listed, strict=True)):
         if params.stacked and at == params.leading:
-            x, groups, used = _run_stacked(params.stacked, x, groups, layer, c, cache.routing, used)
+            x, groups, used = run_stacked(params.stacked, x, groups, layer, c, cache.routing, used)
         group = c.groups.index(c.window(number))
         place = c.group_layers(group).index(number)
         kind, told = (group, c.rope(number)), of_layers(cache.routing, sum(map(len, used)), 1)
@@ -46,14 +46,18 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
             groups[group] = (*groups[group][:place], own, *groups[group][place + 1 :])
         used += [] if counted is None else [counted]
     if params.stacked and params.leading == len(params.listed):
-        x, groups, used = _run_stacked(params.stacked, x, groups, layer, c, cache.routing, used)
+        x, groups, used = run_stacked(params.stacked, x, groups, layer, c, cache.routing, used)
     routing = cache.routing and replace(cache.routing, counts=added(cache.routing.counts, used))
+    return final_norm(params, x, c, target), KVCache(tuple(groups), routing=routing)
+
+
+def final_norm(params: Params, x: Any, c: ModelConfig, target: Target) -> jax.Array:
     with jax.named_scope("final_norm"):
         _, y, before = entered(x, (params.final_norm, params.final_norm_bias), c, target)
-        return norm(y, before[0], before[1], c) if before else y, KVCache(tuple(groups), routing)
+        return norm(y, before[0], before[1], c) if before else y
 
 
-def _ropes(batch: Batch, c: ModelConfig) -> tuple[Any, ...]:
+def ropes_of(batch: Batch, c: ModelConfig) -> tuple[Any, ...]:
     """A table for each of c.ropes, by the batch's positions; where a policy left tokens out, as many again for what looks at the sinks:
     by where a token would be if there were only the sinks and the window."""
     if not c.sink_window:
@@ -63,7 +67,7 @@ def _ropes(batch: Batch, c: ModelConfig) -> tuple[Any, ...]:
     return (*rope_tables(c, batch.positions, reach), *rope_tables(c, jnp.minimum(batch.positions, most - 1), reach))
 
 
-def _embed(params: Params, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
+def embed(params: Params, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
     with jax.named_scope("embed"):
         x = params.embed[jnp.clip(batch.tokens, 0, c.vocab_size - 1)].astype(target.dtype)
         if c.embed_scale != 1:
@@ -73,9 +77,20 @@ def _embed(params: Params, batch: Batch, c: ModelConfig, target: Target) -> jax.
         return x
 
 
-def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], layer: Any, c: ModelConfig, routing: Any, used: list[Any]):
+def run_stacked(
+    stacked: tuple[Layer, ...],
+    x: jax.Array,
+    groups: list[Any],
+    layer: Any,
+    c: ModelConfig,
+    routing: Any,
+    used: list[Any],
+    *,
+    alone: bool = False,
+):
     """The repeats of the layer pattern under one scan. The caches ride in the carry, whole: a kernel picks its layer. So do weights that
-    a kernel takes; XLA's own products take slices without a copy. used: of the layers before."""
+    a kernel takes; XLA's own products take slices without a copy. used: of the layers before.
+    alone: the caches have no layers but these."""
     period, repeats = len(stacked), jax.tree.leaves(stacked)[0].shape[0]
     sparse = [place for place in range(period) if c.has_experts(c.scanned.start + place)]
     told = of_layers(routing, sum(map(len, used)), repeats * len(sparse))
@@ -86,7 +101,7 @@ def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], la
     first = c.scanned.start
     windows = [c.groups.index(c.window(first + place)) for place in range(period)]
     share = [windows.count(group) for group in range(len(groups))]  # layers of each group in one pattern
-    before = [sum(number < first for number in c.group_layers(group)) for group in range(len(groups))]
+    before = [0 if alone else sum(number < first for number in c.group_layers(group)) for group in range(len(groups))]
 
     def body(carry, xs):
         x, caches = carry
@@ -230,7 +245,7 @@ def _by_heads(attend: Any, c: ModelConfig, target: Target) -> Any:
         found = (queries, cache, *([own["kv_scale"]] if "kv_scale" in rows else []))
         body = lambda q, k, v, kv, rows: attend(q, k, v, kv, **rows)
         specs = (queries, new, None if v is None else new, cache, each)
-        return jax.shard_map(body, mesh=target.mesh, in_specs=specs, out_specs=found, check_vma=False)(q, k, v, kv, rows)
+        return target.split(body, specs, found)(q, k, v, kv, rows)
 
     return split
 

@@ -82,16 +82,15 @@ def experts(
             held = [*held[:3], jnp.where(lax.axis_index(columns) == 0, held[3], 0)]
         return lax.psum(body(x, weights, chosen, held, layer, first, used), columns if exchange else (*over, *columns))
 
-    specs: Any = dict(in_specs=(rows, rows, rows, _split(held, target), every, every), out_specs=rows)
-    split = jax.shard_map(shard, mesh=target.mesh, **specs, check_vma=False)
+    specs: Any = (rows, rows, rows, _split(held, target), every, every)
+    split = target.split(shard, specs, rows)
     if not exchange:
         return _with(split(x, weights, chosen, held, layer, used), shared), used
     # Else XLA cuts all that has to do with tokens into shares, and moves the pieces of a batch about at each step.
-    put = lambda x, spec: lax.with_sharding_constraint(x, jax.sharding.NamedSharding(target.mesh, spec))
-    x, weights, chosen = (put(each, every) for each in (x, weights, chosen))
+    x, weights, chosen = (target.pinned(each, every) for each in (x, weights, chosen))
     y = split(x, weights, chosen, held, layer, used)
     # A sum of which each device gets the rows that it has the rest of: half of what a sum for all moves.
-    return put(_with(y, None if shared is None else put(shared, rows)), every), used
+    return target.pinned(_with(y, None if shared is None else target.pinned(shared, rows)), every), used
 
 
 def _with(y: jax.Array, shared: jax.Array | None) -> jax.Array:

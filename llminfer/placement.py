@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,9 @@ def fitted(c: ModelConfig, settings: EngineConfig, target: Target) -> Target:
     mlp = dict(intermediate_size=c.intermediate_size * dense, shared_intermediate_size=c.shared_intermediate_size)
     heads = dict(num_heads=c.num_heads)
     sizes = dict(heads=heads, mlp={name: size for name, size in mlp.items() if size}, vocab=dict(vocab_size=c.vocab_size))
+    if target.stages > 1 and not target.stacked:
+        raise refuse("layout", "listed", "the stages of a pipeline (mesh pp) have their layers stacked; legal: auto, stacked")
+    sizes |= dict(layers=dict(layer_patterns=len(c.scanned) // c.period))
     if not c.kv_rank:  # key-value heads are copied where they must; a latent is on every device
         sizes |= dict(kv_heads=heads)
     if c.num_experts:
@@ -110,10 +113,15 @@ def _maker(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> An
 def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, totals: tuple[int, ...]) -> cache.KVCache:
     """ShapeDtypeStructs, with shardings, of a cache of totals[g] pages in each group."""
     heads = None if c.kv_rank else "kv_heads"  # a latent is on every device
-    where = lambda s: target.place((None, None, heads, None, None)[: s.ndim])
     dtype = jnp.dtype(settings.kv_dtype or target.dtype)
-    shapes = cache.abstract(on_mesh(c, target), totals, settings.page_size, dtype, stacked=target.stacked, platform=target.platform)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where(s)), shapes)
+    how: dict[str, Any] = dict(stacked=target.stacked, stages=target.stages, platform=target.platform)
+    shapes = cache.abstract(on_mesh(c, target), totals, settings.page_size, dtype, **how)
+
+    def placed(shapes: Any, layers: str | None) -> Any:
+        where = lambda s: target.place((layers, None, heads, None, None)[: s.ndim])
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where(s)), shapes)
+
+    return cache.KVCache(placed(shapes.groups, "layers" if target.stages > 1 else None), placed(shapes.around, None))
 
 
 def abstract_routing(c: ModelConfig, target: Target) -> balance.Routing | None:
@@ -151,20 +159,20 @@ def place_of(shape: Any) -> Any:
 def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
     """Weights on their devices: `found` (named host arrays, see weights.Checkpoint.leaves) cast, quantized and stacked as the
     target wants them, one after the other; None: random ones from settings.seed. c: the model as `found` has it."""
-    specs, dtype = params.param_specs(c), jnp.dtype(target.dtype)
-    if found is not None:
-        return _place_leaves(found, specs, c, settings, target)
-    random = lambda name, spec: _random(spec, dtype, target.place(spec.axes), arrangement(name, spec, c, target))
-    makers, key = _makers(settings, target), jax.random.key(settings.seed % 2**63)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=params.is_spec)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(leaves)))
-    placed = tree.unflatten([makers(spec)(random(path[-1].name, spec)(keys[i])) for i, (path, spec) in enumerate(leaves)])
-    if make_head := _head_maker(c, settings, target):
-        placed = replace(placed, lm_head=make_head(placed.embed if placed.lm_head is None else placed.lm_head))
-    if target.stacked:
-        placed = params.stack(placed, c)
-    wanted = abstract_params(c, settings, target)
-    return jax.tree.map(lambda x, s: jax.device_put(x, place_of(s)), placed, wanted)
+    specs = params.param_specs(c)
+    leaves = _random_leaves(specs, c, settings, target) if found is None else _sent(found, dict(leaves_of(specs)), c, target)
+    return _place_leaves(leaves, specs, c, settings, target)
+
+
+def _random_leaves(specs: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Iterator[tuple[str, Any]]:
+    """Random weights on their devices, by name; each by its own key."""
+    key, dtype = jax.random.key(settings.seed % 2**63), jnp.dtype(target.dtype)
+    tree = jax.tree.structure(specs, is_leaf=params.is_spec)
+    count = tree.num_leaves
+    numbered = tree.unflatten(range(count))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(count))
+    for (name, spec), (_, number) in zip(leaves_of(specs), leaves_of(numbered), strict=True):
+        yield name, _random(spec, dtype, target.place(spec.axes), arrangement(name, spec, c, target))(keys[number])
 
 
 @functools.lru_cache(maxsize=64)
@@ -188,38 +196,56 @@ def _makers(settings: EngineConfig, target: Target) -> Any:
     return of
 
 
-def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
-    wanted, dtype = abstract_params(c, settings, target), jnp.dtype(target.dtype)
-    spec_of = dict(leaves_of(specs))
-    make_head = _head_maker(c, settings, target)
-    makers, widen = _makers(settings, target), jax.jit(lambda x: x.astype(dtype))
-    # An update of a slice and not a scatter, for which XLA:CPU would convert a whole bfloat16 array.
-    write_one = lambda whole, x, i: jax.lax.dynamic_update_index_in_dim(whole, x, i, 0)
-    write = jax.jit(lambda whole, x, i: jax.tree.map(functools.partial(write_one, i=i), whole, x), donate_argnums=0)
-    stacked = tuple({name: zeros(leaf) for name, leaf in vars(layer).items() if leaf is not None} for layer in wanted.stacked)
-    under_scan = c.scanned if wanted.stacked else range(0)
-    listed: dict[str, Any] = {}
+def _sent(found: Iterable[tuple[str, Any]], spec_of: dict[str, Any], c: ModelConfig, target: Target) -> Iterator[tuple[str, Any]]:
+    """Host arrays on their devices, by name, in the type of the weights; one that is not read yet is not held."""
+    dtype = jnp.dtype(target.dtype)
+    widen = jax.jit(lambda x: x.astype(dtype))
     for name, array in found:
-        spec = spec_of[name]
         if isinstance(array, QTensor):  # as our own checkpoints hold it
             array = dequantize(array)
         if array.dtype.itemsize > dtype.itemsize:  # made narrower before, and wider after it travels
             array = array.astype(dtype)
-        if (arrange := arrangement(name, spec, c, target)) is not None:
+        if (arrange := arrangement(name, spec_of[name], c, target)) is not None:
             array = arrange(array)
         # On a CPU an array that is ours alone becomes the weight; a mapped file is copied, once and for all.
-        x = jax.device_put(array, target.place(spec.axes), may_alias=array.flags.writeable)
-        x = makers(spec)(x if x.dtype == dtype else widen(x))
+        x = jax.device_put(array, target.place(spec_of[name].axes), may_alias=array.flags.writeable)
+        del array
+        yield name, x if x.dtype == dtype else widen(x)
+        del x
+
+
+@functools.lru_cache(maxsize=64)
+def _writer(shardings: tuple[Any, ...]) -> Any:
+    """(whole stack, one layer's part, its number) -> the stack with it, where it lay: its layers may be on many devices. Of the leaves of
+    one weight."""
+    # An update of a slice and not a scatter, for which XLA:CPU would convert a whole bfloat16 array.
+    write = lambda whole, x, i: tuple(jax.lax.dynamic_update_index_in_dim(a, b, i, 0) for a, b in zip(whole, x, strict=True))
+    return jax.jit(write, donate_argnums=0, out_shardings=shardings)
+
+
+def _write(whole: Any, x: Any, repeat: int) -> Any:
+    leaves, tree = jax.tree.flatten(whole)
+    return tree.unflatten(_writer(tuple(leaf.sharding for leaf in leaves))(tuple(leaves), tuple(jax.tree.leaves(x)), jnp.int32(repeat)))
+
+
+def _place_leaves(leaves: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
+    """The tree of named weights on their devices: each made what the target multiplies with, then put in its stack, if it has one."""
+    wanted, spec_of = abstract_params(c, settings, target), dict(leaves_of(specs))
+    make_head, makers = _head_maker(c, settings, target), _makers(settings, target)
+    stacked = tuple({name: zeros(leaf) for name, leaf in vars(layer).items() if leaf is not None} for layer in wanted.stacked)
+    under_scan = c.scanned if wanted.stacked else range(0)
+    listed: dict[str, Any] = {}
+    for name, x in leaves:
+        x = makers(spec_of[name])(x)
         if make_head and name == ("embed" if c.tie_embeddings else "lm_head"):
             head = make_head(x)
             listed |= {"lm_head": head}
             x = head if name == "lm_head" else x
-        del array
         number, leaf = layer_of(name)
         if number is not None and number in under_scan:
             repeat, place = divmod(number - under_scan.start, c.period)
             layer = stacked[place]
-            layer[leaf] = x = write(layer[leaf], x, jnp.int32(repeat))
+            layer[leaf] = x = _write(layer[leaf], x, repeat)
         else:
             listed[name] = x
         jax.block_until_ready(x)  # what is under way holds memory

@@ -196,7 +196,8 @@ class Programs:
             return write.lower(history, np.zeros(program.shape.tokens, np.int32), number, number, number)
         if program.kind == "experts":
             return mover(self.shapes[0], self.c, self.target)
-        functions = {"mixed": step.mixed_step, "decode": step.decode_loop, "logits": step.prompt_logits, "logprobs": step.token_logprobs}
+        decode = step.decode_loop if self.target.stages == 1 else step.pipelined_decode_loop
+        functions = {"mixed": step.mixed_step, "decode": decode, "logits": step.prompt_logits, "logprobs": step.token_logprobs}
         function = functions[program.kind]
         extra: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}

@@ -91,14 +91,14 @@ class Replicas:
         self.engines[0].end_profile()
 
     def stats(self) -> dict[str, Any]:
-        """Of all engines together: what counts is added up; compile times and expert_imbalance are the largest, accepted_per_step the
-        mean."""
+        """Of all engines together: what counts is added up; compile times and expert_imbalance are the largest, accepted_per_step and
+        pipeline_bubble means."""
         each = [engine.stats() for engine in self.engines]
         skews = [one.pop("expert_imbalance") for one in each if "expert_imbalance" in one]
         total = _sum(each) | ({"expert_imbalance": {over: max(one[over] for one in skews) for over in skews[0]}} if skews else {})
         total["programs"] = {name: max(one["programs"].get(name, 0.0) for one in each) for name in total["programs"]}
         total["compile_s"] = max(one["compile_s"] for one in each)
-        return total | {"accepted_per_step": total["accepted_per_step"] / len(each)}
+        return total | {name: total[name] / len(each) for name in ("accepted_per_step", "pipeline_bubble")}
 
 
 def _sum(each: list[Any]) -> Any:

@@ -184,7 +184,7 @@ def _most_likely(logits: jax.Array, most: int, target: Target | None) -> tuple[j
         return values, jnp.take_along_axis(ids, at, axis=1)
 
     every = target.partition((None, None))
-    return jax.shard_map(own, mesh=target.mesh, in_specs=split, out_specs=(every, every), check_vma=False)(logits)
+    return target.split(own, split, (every, every))(logits)
 
 
 def sample(logits: jax.Array, s: SamplingBatch, target: Target | None = None) -> jax.Array:
@@ -246,8 +246,9 @@ def _bound(logits: jax.Array, top: jax.Array, s: SamplingBatch, target: Target |
     """The smallest logit kept [R, 1], finite: top-k, then top-p over what top-k kept, then min-p. Greedy rows ask for nothing."""
     asks = s.temperature > 0
     off = jnp.full(top.shape, -_MAX, jnp.float32)
-    whole = target is None or target.ways("vocab") == 1
-    bits = 1 if whole else 2 if target.platform == "cpu" else 4  # a CPU's devices share its cores, and a message is cheap
+    bits = 1
+    if target is not None and target.ways("vocab") > 1:
+        bits = 2 if target.platform == "cpu" else 4  # a CPU's devices share its cores, and a message is cheap
     use_k, use_p = (asks & (s.top_k > 0))[:, None], (asks & (s.top_p < 1))[:, None]
 
     def top_k() -> jax.Array:

@@ -9,12 +9,13 @@ plain: for sequences that want the likeliest tokens and nothing else, a program 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
-from llminfer import model
+from llminfer import model, stages
 from llminfer.batch import Batch, Loop
 from llminfer.cache import KVCache
 from llminfer.config import ModelConfig
@@ -32,12 +33,12 @@ def mixed_step(params: Params, cache: KVCache, history: jax.Array, batch: Batch,
     history)."""
     rows, slots = batch.q_start.shape[0], history.shape[0]
     batch, history = _fill(batch, history)
-    hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
-    ends = jnp.clip(batch.q_start + batch.q_len - 1, 0, hidden.shape[0] - 1)
+    ends = jnp.clip(batch.q_start + batch.q_len - 1, 0, batch.tokens.shape[0] - 1)
+    hidden, cache = _forward(params, cache, batch, c, target, ends)
     drew = batch.draws > 0
     # The chunks of a long prompt before the last draw nothing: no need to read the output head.
     nothing = (jnp.full(rows, NOTHING, jnp.int32), _said((rows,)))
-    drawn = lambda: _draw(params, hidden[ends], batch, history, c, target, plain)
+    drawn = lambda: _draw(params, hidden, batch, history, c, target, plain)
     tokens, said = drawn() if plain else jax.lax.cond(drew.any(), drawn, lambda: nothing)
     tokens = jnp.where(drew, tokens, NOTHING)
     history = history.at[jnp.where(drew, batch.slots, slots), batch.kv_len].set(tokens, mode="drop")
@@ -89,15 +90,77 @@ def decode_loop(
     start = (jnp.int32(0), started, batch.tokens, batch.kv_len, cache, history, out)
     looped = jax.lax.fori_loop(0, most, lambda _, carry: step(carry), start) if plain else jax.lax.while_loop(more, step, start)
     _, live, _, length, cache, history, out = looped
-    # Where a sequence stopped before its limit, its last position says so to the next step.
-    early = started & ~live & (length < batch.kv_len + loop.limit)
-    history = history.at[jnp.where(early, batch.slots, slots), batch.kv_len + loop.limit - 1].set(NOTHING, mode="drop")
-    return out, cache, history
+    return out, cache, _ended(history, started & ~live, length, batch, loop.limit)
+
+
+def pipelined_decode_loop(
+    params: Params,
+    cache: KVCache,
+    history: jax.Array,
+    batch: Batch,
+    loop: Loop,
+    *,
+    c: ModelConfig,
+    target: Target,
+    most: int,
+    plain: bool = False,
+):
+    """decode_loop with the layers in stages: the sequences go through them in as many pieces as there are stages, and what a piece draws
+    enters the first stage again while the others are on their way, so that all stages are busy from the first step to the last. When it
+    is left early, those on their way come out first: a sequence may then have drawn one token more than another."""
+    rows, slots = batch.q_start.shape[0], history.shape[0]
+    schedule = stages.decode_schedule(rows, target)
+    batch, history = _fill(batch, history)
+    batch = stages.deal(batch, schedule)
+    padded = batch.q_start.shape[0]
+    limit = jnp.pad(loop.limit, (0, padded - rows))
+    take, put = (functools.partial(f, schedule=schedule) for f in (stages.take, stages.put))
+
+    def tick(carry):
+        now, end, live, tokens, length, cache, history, out, moving = carry
+        current = replace(batch, tokens=tokens, q_len=live.astype(jnp.int32), kv_len=length)
+        hidden, cache, moving = stages.tick(params, cache, current, moving, now, end, c, target, schedule)
+        piece, at, step, busy = stages.in_stage(current, target.stages - 1, now, end, schedule)
+        there, step = piece.q_len > 0, jnp.clip(step, 0, most - 1)
+        draw = lambda: _draw(params, hidden, piece, history, c, target, plain)
+        nothing = lambda: (jnp.full(there.shape, NOTHING, jnp.int32), _said(there.shape))
+        drawn, said = draw() if plain else jax.lax.cond(busy, draw, nothing)
+        history = history.at[jnp.where(there, piece.slots, slots), piece.kv_len].set(drawn, mode="drop")
+        found = (jnp.where(there, drawn, NOTHING), said)
+        write = lambda own, x: own.at[:, step].set(jnp.where(busy, x, own[:, step]))
+        out = jax.tree.map(lambda whole, x: put(whole, write(take(whole, at), x), at), out, found)
+        stop = (drawn[:, None] == piece.sampling.ends).any(1) | (drawn < 0) | (step + 1 >= take(limit, at))
+        tokens = put(tokens, jnp.where(there, drawn, piece.tokens), at)
+        length = put(length, piece.kv_len + there, at)
+        live = put(live, take(live, at) & ~(there & stop), at)
+        end = jnp.where((loop.eager != 0) & jnp.any(live != started), jnp.minimum(end, now + 1), end)
+        return now + 1, end, live, tokens, length, cache, history, out, moving
+
+    def more(carry):
+        now, end, live = carry[:3]
+        return (now < end + target.stages - 1) & live.any()
+
+    started = batch.q_len > 0
+    out = (jnp.full((padded, most), NOTHING, jnp.int32), _said((padded, most)))
+    moving = stages.still(params, batch, schedule, target)
+    end = (jnp.int32(most) if plain else loop.steps) * schedule.period - schedule.period + schedule.pieces
+    start = (jnp.int32(0), end, started, batch.tokens, batch.kv_len, cache, history, out, moving)
+    ticks = schedule.ticks(most)
+    looped = jax.lax.fori_loop(0, ticks, lambda _, carry: tick(carry), start) if plain else jax.lax.while_loop(more, tick, start)
+    _, _, live, _, length, cache, history, out, _ = looped
+    history = _ended(history, started & ~live, length, batch, limit)
+    return jax.tree.map(lambda x: x[:rows], out), cache, history
+
+
+def _ended(history: jax.Array, ended: jax.Array, length: jax.Array, batch: Batch, limit: jax.Array) -> jax.Array:
+    """Where a sequence stopped before its limit, its last position says so to the next step."""
+    early = ended & (length < batch.kv_len + limit)
+    return history.at[jnp.where(early, batch.slots, history.shape[0]), batch.kv_len + limit - 1].set(NOTHING, mode="drop")
 
 
 def prompt_logits(params: Params, cache: KVCache, history: jax.Array, batch: Batch, *, c: ModelConfig, target: Target):
     """The logits of every row of one chunk, float32 [T, V]; (logits, cache, history)."""
-    hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
+    hidden, cache = _forward(params, cache, batch, c, target)
     return model.logits(params, hidden, c, target), cache, history
 
 
@@ -115,6 +178,14 @@ def write_history(history: jax.Array, tokens: jax.Array, slot: jax.Array, start:
     """Puts the first `count` of tokens [T] into the history of a slot, from position `start`."""
     at = jnp.arange(tokens.shape[0])
     return history.at[slot, jnp.where(at < count, start + at, history.shape[1])].set(tokens, mode="drop")
+
+
+def _forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, rows: jax.Array | None = None):
+    """Hidden states of a ragged batch's rows, of `rows` if given, and the cache."""
+    if target.stages > 1:
+        return stages.forward(params, cache, batch, c, target, rows)
+    hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
+    return (hidden if rows is None else hidden[rows]), cache
 
 
 def _fill(batch: Batch, history: jax.Array) -> tuple[Batch, jax.Array]:

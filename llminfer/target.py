@@ -27,7 +27,8 @@ class Target:
     branch at no cost; not on a GPU, where the host waits to read what it depends on. debug: lengths and page ids are checked on the
     device too. mesh: a jax.sharding.Mesh, or None for one device. rules: what of an array is split over which of its axes. device: the one
     without a mesh; None: the first. exchange: how tokens go to the devices of their experts where that moves less than a sum (moe.py):
-    "ragged" (TPU), "padded" (for tests on a CPU), "" never. expert_copies: see EngineConfig."""
+    "ragged" (TPU), "padded" (for tests on a CPU), "" never. expert_copies: see EngineConfig. in_stage: what is computed runs on the
+    devices of one stage of a pipeline."""
 
     platform: str
     kernels: str
@@ -41,6 +42,7 @@ class Target:
     device: Any = None
     exchange: str = ""
     expert_copies: int = 0
+    in_stage: bool = False
 
     @classmethod
     def of(
@@ -54,12 +56,13 @@ class Target:
         mesh: Any = None,
         device: Any = None,
     ) -> Target:
-        """The target for a platform name as jax.Device.platform gives it; "auto" fields take the platform's best."""
+        """The target for a platform name as jax.Device.platform gives it; "auto" fields take the platform's best. A pipeline needs the
+        layers stacked."""
         platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
         return cls(
             platform=platform,
             kernels={"tpu": "pallas", "gpu": "triton"}.get(platform, "reference"),
-            stacked=platform == "tpu" if layout == "auto" else layout == "stacked",
+            stacked=platform == "tpu" or _staged(mesh) if layout == "auto" else layout == "stacked",
             dtype=("float32" if platform == "cpu" else "bfloat16") if dtype == "auto" else dtype,
             chip=chip,
             branches=platform != "gpu",
@@ -86,6 +89,26 @@ class Target:
         return self.rules.sharding(self.mesh, axes, self.first_device)
 
     @property
+    def stages(self) -> int:
+        """Of the pipeline that the layers are cut into; 1: none."""
+        return self.ways("layers")
+
+    def split(self, body: Any, in_specs: Any, out_specs: Any) -> Any:
+        """shard_map of body over the mesh; in a stage, over the axes that the stages do not take."""
+        if not self.in_stage:
+            return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        inner = frozenset(self.mesh.axis_names) - frozenset(self.over("layers"))
+        if not inner:
+            return body
+        # The mesh is that of the shard_map around, in which the axis of the stages is taken.
+        return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, axis_names=inner, check_vma=False)
+
+    def pinned(self, x: Any, spec: Any) -> Any:
+        """x, said to be split over the mesh as spec says."""
+        # In a stage the mesh is that of the shard_map around.
+        return jax.lax.with_sharding_constraint(x, spec if self.in_stage else jax.sharding.NamedSharding(self.mesh, spec))
+
+    @property
     def first_device(self) -> Any:
         if self.mesh is not None:
             return self.mesh.devices.flat[0]
@@ -105,6 +128,10 @@ class Target:
     def interpret(self) -> bool:
         """Whether kernels for a GPU are interpreted."""
         return self.kernels == "triton-interpret"
+
+
+def _staged(mesh: Any) -> bool:
+    return RULES.ways(mesh, "layers") > 1
 
 
 def devices() -> list[Any]:

@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_matmul import ALPHA, LIMIT
 from pallas_kernels.quantized_matmul_gpu import FEW_ROWS, scaled_weights, unpack
+from pallas_kernels.round_gpu import activate
 from pallas_kernels.weight_formats import GROUPS
 
 bf16, f32 = jnp.bfloat16, jnp.float32
@@ -188,12 +189,9 @@ def _turned_sums(refs: dict[str, Any], at, rows, parts, mine, *, tiles: Tiles, g
 
 def _activate(activation: str | None, gate, up: Any = None):
     """grouped_matmul.activate in operations that Triton has."""
-    sigmoid = lambda x: 1 / (1 + jnp.exp(-x))
     if activation is None:
         return gate
-    if activation == "silu":
-        return gate * sigmoid(gate) * up
-    if activation == "gelu":
-        return gate * sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    if activation in ("silu", "gelu"):
+        return activate(gate, "silu" if activation == "silu" else "gelu_tanh") * up
     gate, up = jnp.minimum(gate, LIMIT), jnp.maximum(jnp.minimum(up, LIMIT), -LIMIT)
-    return gate * sigmoid(ALPHA * gate) * (up + 1)
+    return gate / (1 + jnp.exp(-ALPHA * gate)) * (up + 1)

@@ -3,9 +3,11 @@
     decode  sequences with one new token: a program for each kv head, split of the context and sequence. The query heads of a kv head
             are the rows of one product. The program of split 0 also writes the new key and value into their page, and takes them from
             its own registers: nobody reads what is written in the same launch
-    merge   a program for each sequence and query head: the splits by their maxima and sums; and some for the rows that are nobody's
-    write   the new keys and values of sequences with more: a program for each kv head and tile of tokens. XLA's scatter takes six times
-            as long
+    blank   where each context is one split: zeros into the rows that are nobody's
+    merge   where there are more: a program for each sequence and query head: the splits by their maxima and sums; and some for the rows
+            that are nobody's
+    write   the new keys and values of sequences with more, and their queries where they are rotated here: a program for each kv head and
+            tile of tokens. XLA's scatter takes six times as long
     chunks  their attention: a program for each kv head and tile of query rows (tokens x the heads of the group), which goes over the
             context once: blocks that all rows see without masks, then those at the edges
     scaled  in place of what decode writes, where the cache has scales: a page whose scale grows is rounded once more
@@ -143,9 +145,11 @@ def _written(data: dict[str, Any], spec: Spec, q_max: int) -> dict[str, Any]:
     given = _only(data, "table start new total layer") | (_only(data, "q cos sin") if spec.packed else dict(k=k, v=v)) | dict(kv=kv)
     given |= _tiles(data["new"], spec.tile, len(data["q"]), 2 if spec.write else 1)
     outputs = dict(cache=jax.ShapeDtypeStruct(kv.shape, kv.dtype))
+    if spec.packed:
+        outputs |= dict(turned=jax.ShapeDtypeStruct((len(data["q"]), spec.heads * spec.group, dim), data["q"].dtype))
     spec = replace(spec, sizes=Sizes(block=1, warps=4, stages=1))
     made = _call(kernels.write_kernel, given, outputs, (spec.heads, len(given["owner"])), spec, dict(kv="cache"))
-    return found | dict(kv=made["cache"])
+    return found | dict(kv=made.pop("cache")) | made
 
 
 def _decode(data: dict[str, Any], spec: Spec):
@@ -154,21 +158,26 @@ def _decode(data: dict[str, Any], spec: Spec):
     given = _only(data, "q cos sin kv table start new total layer window scales" + (" k v" if spec.write else ""))
     made = (len(q), spec.heads * spec.group, spec.dim)
     partial = (rows, made[1], splits)
-    shapes = dict(acc=(*partial, spec.dim), top=partial, sum=partial)
-    outputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    whole = dict(out=jax.ShapeDtypeStruct(made, q.dtype), lse=jax.ShapeDtypeStruct(made[:2], jnp.float32))
+    parts = dict(acc=(*partial, spec.dim), top=partial, sum=partial)
+    outputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parts.items()} if splits > 1 else dict(whole)
     outputs |= dict(cache=jax.ShapeDtypeStruct(kv.shape, kv.dtype)) if spec.write else {}
+    given |= _only(data, "logits") if splits == 1 else {}
     found = _call(kernels.decode_kernel, given, outputs, (spec.heads, splits, rows), spec, dict(kv="cache") if spec.write else None)
-    kv = found.pop("cache", kv)
-    outputs = dict(out=jax.ShapeDtypeStruct(made, q.dtype), lse=jax.ShapeDtypeStruct(made[:2], jnp.float32))
-    merge = replace(spec, sizes=Sizes(block=1, warps=1 if splits * spec.dim <= 1024 else 4, stages=1, splits=splits))
-    grid = (made[1], rows + -(-len(q) // BLANKS))
-    merged = _call(kernels.merge_kernel, found | _only(data, "start new logits"), outputs, grid, merge)
-    return merged["out"], merged["lse"], kv
+    kv, blanks = found.pop("cache", kv), -(-len(q) // BLANKS)
+    small = replace(spec, sizes=Sizes(block=1, warps=1 if splits * spec.dim <= 1024 else 4, stages=1, splits=splits))
+    if splits > 1:
+        merged = _call(kernels.merge_kernel, found | _only(data, "start new logits"), whole, (made[1], rows + blanks), small)
+        return merged["out"], merged["lse"], kv
+    before = {"written": found["out"], "sums": found["lse"]} | _only(data, "start new")
+    blank = _call(kernels.blank_kernel, before, whole, (spec.heads, blanks), small, dict(written="out", sums="lse"))
+    return blank["out"], blank["lse"], kv
 
 
 def _chunks(data: dict[str, Any], out, lse, spec: Spec):
     """Sequences with more than one new token, into out and lse."""
-    given = _only(data, "q cos sin kv table start new total layer window scales logits") | dict(out=out, lse=lse)
+    given = _only(data, "turned" if spec.packed else "q") | _only(data, "kv table start new total layer window scales logits")
+    given |= dict(out=out, lse=lse)
     given |= _tiles(data["new"], spec.tile, len(out), 2)
     outputs = dict(made=jax.ShapeDtypeStruct(out.shape, out.dtype), sums=jax.ShapeDtypeStruct(lse.shape, lse.dtype))
     found = _call(kernels.chunk_kernel, given, outputs, (spec.heads, len(given["owner"])), spec, dict(out="made", lse="sums"))

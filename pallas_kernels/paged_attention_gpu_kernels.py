@@ -81,16 +81,31 @@ def _new(refs, spec: Spec, name: str, place, mask=None):
     token, head, lane = place
     if not spec.packed:
         return _get(refs[name], place, mask)
-    wide = spec.group + 2
-    first = lax.div(head, spec.group) * wide + lax.rem(head, spec.group) if name == "q" else head * wide + spec.group + (name == "v")
+    first = _packed_head(spec, name, head)
     x = _get(refs["q"], (token, first, lane), mask)
     if name == "v" or not spec.rotary:
         return x
-    turned, half = lane < spec.rotary, spec.rotary // 2
-    other = jnp.where(turned, jnp.where(lane < half, lane + half, lane - half), lane)
-    shared = turned if mask is None else turned & mask
-    cos, sin = (_get(refs[by], (token, jnp.where(turned, lane, 0)), shared, rest) for by, rest in (("cos", 1), ("sin", 0)))
+    turned, place, shared = lane < spec.rotary, lane, mask
+    if spec.rotary < spec.lanes:
+        place, shared = jnp.where(turned, lane, 0), turned if mask is None else turned & mask
+    other = jnp.broadcast_to(_other_half(spec), lane.shape)
+    cos, sin = (_get(refs[by], (token, place), shared, rest) for by, rest in (("cos", 1), ("sin", 0)))
     return (x.astype(jnp.float32) * cos + _get(refs["q"], (token, first, other), mask).astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def _packed_head(spec: Spec, name: str, head):
+    """Where a head of queries, among all, or one of keys or values is, in packed rows."""
+    if name == "q":
+        return lax.div(head, spec.group) * (spec.group + 2) + lax.rem(head, spec.group)
+    return head * (spec.group + 2) + spec.group + (name == "v")
+
+
+def _other_half(spec: Spec):
+    """The lane with which each is rotated. Triton is told how many follow each other, or it would read them one by one."""
+    lane, half = jnp.arange(spec.lanes), spec.rotary // 2
+    other = jnp.where(lane < spec.rotary, jnp.where(lane < half, lane + half, lane - half), lane)
+    run = half & -half
+    return plgpu.max_contiguous(pl.multiple_of(other, [run]), [run])
 
 
 def _lanes(spec: Spec, number: int):
@@ -191,14 +206,33 @@ def decode_kernel(refs, spec: Spec):
         inside = (token >= low) & (token < end)
         return _attend(refs, spec, q, where, block, sums, inside, inside[None])
 
-    sums = jnp.full(group.shape, NEG, jnp.float32), jnp.zeros(group.shape, jnp.float32), jnp.zeros(q.shape, jnp.float32)
+    sums = _begin(refs, spec, heads, mine, q.shape)
     sums = lax.fori_loop(share(split), share(split + 1), step, sums)
     top, total, acc = _join(refs, spec, q, row, head, at, pos, (split == 0) & (new == 1), sums) if spec.write else sums
     each = lambda x: jnp.full(group.shape, x)
+    if spec.sizes.splits == 1:
+        return _finish(refs, spec, (each(at), heads), (top, total, acc), mine & (new == 1))
     plgpu.store(refs["top"].at[each(row), heads, each(split)], top, mask=mine)
     plgpu.store(refs["sum"].at[each(row), heads, each(split)], total, mask=mine)
     place = (spread(row), spread(heads[:, None]), spread(split), spread(lane[None]))
     plgpu.store(refs["acc"].at[place], acc, mask=_both(mine, real))
+
+
+def _begin(refs, spec: Spec, heads, mine, shape):
+    """Running sums before any token: a head's own logit, where there is one, counts as seen."""
+    empty = jnp.zeros(shape, jnp.float32)
+    if "logits" not in refs:  # or they are merged later
+        return jnp.full(shape[:1], NEG, jnp.float32), jnp.zeros(shape[:1], jnp.float32), empty
+    return _get(refs["logits"], (heads,), mine) * (_LOG2E / spec.unit), jnp.ones(shape[:1], jnp.float32), empty
+
+
+def _finish(refs, spec: Spec, rows, sums, live, names=("out", "lse")) -> None:
+    """Rows of the result, and their sums' logarithms, where they belong. rows: token and head of each."""
+    (top, total, acc), (lane, real) = sums, (jnp.arange(spec.lanes), _lanes(spec, 0)[1])
+    place = tuple(jnp.broadcast_to(x, acc.shape) for x in (*(x[:, None] for x in rows), lane[None]))
+    out, lse = (refs[name] for name in names)
+    plgpu.store(out.at[place], (acc * (1 / total)[:, None]).astype(out.dtype), mask=_both(live, real))
+    plgpu.store(lse.at[rows], top * (spec.unit / _LOG2E) + jnp.log(total), mask=live)
 
 
 def _join(refs, spec: Spec, q, row, head, at, pos, first, sums):
@@ -226,21 +260,50 @@ def _page_of(refs, spec: Spec, row, pos):
 
 
 def write_kernel(refs, spec: Spec):
-    """The new keys and values of one tile of tokens of one sequence into their pages, for one kv head."""
+    """The new keys and values of one tile of tokens of one sequence into their pages, for one kv head; and its queries, where they are
+    packed, to where chunks read them: rotated there, they would be by each of their tiles, in a layout that suits products only."""
     head, number = pl.program_id(0), pl.program_id(1)
     row, offset = refs["owner"][number], refs["offset"][number]
-    index, lane, (_, real) = jnp.arange(power(spec.tile)), jnp.arange(spec.lanes), _lanes(spec, 0)
+    index = jnp.arange(power(spec.tile))
     token = offset + index
     live = (index < spec.tile) & (token < refs["new"][row])
     pos = refs["total"][row] - refs["new"][row] + token
     # Other rows must not meet live ones in a page: the interpreter writes back what it finds there.
     page = _get(refs["table"], (jnp.full(pos.shape, row), lax.div(pos, spec.page)), live, refs["cache"].shape[1])
-    spread = lambda x: jnp.broadcast_to(x, (len(index), spec.lanes))
-    source = (spread((refs["start"][row] + token)[:, None]), spread(head), spread(lane[None]))
-    where = (spread(refs["layer"][0]), spread(page[:, None]), spread(head), spread(lax.rem(pos, spec.page)[:, None]))
+    at, source = (refs["layer"][0], page, head, lax.rem(pos, spec.page)), refs["start"][row] + token
     for name, number in (("k", 0), ("v", 1)):
-        x = _new(refs, spec, name, source, _both(live, real)).astype(refs["kv"].dtype)
-        plgpu.store(refs["cache"].at[(*where, spread(_lanes(spec, number)[0][None]))], x, mask=_both(live, real))
+        for lane, x, mask in _pieces(refs, spec, name, source, head, live):
+            spread = lambda y, x=x: jnp.broadcast_to(y[:, None] if jnp.ndim(y) else y, x.shape)
+            where = (*map(spread, at), jnp.broadcast_to(lane[None] + number * spec.dim, x.shape))
+            plgpu.store(refs["cache"].at[where], x.astype(refs["cache"].dtype), mask=mask)
+    for query in range(spec.group if spec.packed else 0):
+        own = head * spec.group + query
+        for lane, x, mask in _pieces(refs, spec, "q", source, own, live):
+            spread = lambda y, x=x: jnp.broadcast_to(y, x.shape)
+            plgpu.store(refs["turned"].at[spread(source[:, None]), spread(own), spread(lane[None])], x, mask=mask)
+
+
+def _pieces(refs, spec: Spec, name: str, token, head, live):
+    """Rows of new queries, keys or values of one head as (lane, x [rows, lanes], mask): the two halves that are rotated with each
+    other, and the rest, or all in one."""
+    ref, head = (refs["q"], _packed_head(spec, name, head)) if spec.packed else (refs[name], head)
+
+    def piece(first, size, ref, *between):
+        lane = jnp.arange(power(size))
+        mask = _both(live, None if len(lane) == size else lane < size)
+        spread = lambda y: jnp.broadcast_to(y, (len(token), len(lane)))
+        place = (spread(token[:, None]), *map(spread, between), spread(first + lane[None]))
+        return first + lane, _get(ref, place, mask), mask
+
+    if name == "v" or not spec.rotary:
+        return [piece(0, spec.dim, ref, head)]
+    half = spec.rotary // 2
+    (left, a, mask), (right, b, _) = (piece(first, half, ref, head) for first in (0, half))
+    cos, sin = (piece(half, half, refs[by])[1] for by in ("cos", "sin"))  # of the second half, whose sines have their own sign
+    wide = lambda x: x.astype(jnp.float32)
+    made = [(left, wide(a) * cos - wide(b) * sin, mask), (right, wide(b) * cos + wide(a) * sin, mask)]
+    rest = [] if spec.rotary == spec.dim else [piece(spec.rotary, spec.dim - spec.rotary, ref, head)]
+    return [(lane, x.astype(ref.dtype), mask) for lane, x, mask in made] + rest
 
 
 def scaled_kernel(refs, spec: Spec):
@@ -302,11 +365,17 @@ def merge_kernel(refs, spec: Spec):
     out = (jnp.sum(acc * keep[:, None], axis=0) / total).astype(refs["out"].dtype)
     plgpu.store(refs["out"].at[each(token), each(head), lane], out, mask=each(alone) if real is None else real & alone)
     plgpu.store(refs["lse"].at[token, head], best * (spec.unit / _LOG2E) + jnp.log(total), mask=alone)
-    _blank(refs, spec, head, number - rows)
+    _blank(refs, spec, head, head + 1, number - rows)
 
 
-def _blank(refs, spec: Spec, head, block):
-    """Zeros in one block of rows, in those that no sequence has; a negative block is none."""
+def blank_kernel(refs, spec: Spec):
+    """Zeros into those of BLANKS rows that are nobody's, for one kv head's queries."""
+    first = pl.program_id(0) * spec.group
+    _blank(refs, spec, first, first + spec.group, pl.program_id(1))
+
+
+def _blank(refs, spec: Spec, first, last, block):
+    """Zeros in one block of rows, in those that no sequence has, for query heads from `first` to `last`; a negative block is none."""
     rows, lane, (_, real) = refs["new"].shape[0], jnp.arange(spec.lanes), _lanes(spec, 0)
     token = block * BLANKS + jnp.arange(BLANKS)
 
@@ -319,9 +388,14 @@ def _blank(refs, spec: Spec, head, block):
     owned = lax.fori_loop(0, (block >= 0).astype(jnp.int32) * -(-rows // BLANKS), look, jnp.zeros((BLANKS,), jnp.int32))
     free = (token >= 0) & (token < refs["out"].shape[0]) & (owned == 0)
     spread = lambda x: jnp.broadcast_to(x, (BLANKS, spec.lanes))
-    place = (spread(token[:, None]), spread(head), spread(lane[None]))
-    plgpu.store(refs["out"].at[place], jnp.zeros(place[0].shape, refs["out"].dtype), mask=_both(free, real))
-    plgpu.store(refs["lse"].at[token, jnp.full(token.shape, head)], jnp.full(token.shape, -jnp.inf), mask=free)
+
+    def clear(head, _):
+        place = (spread(token[:, None]), spread(head), spread(lane[None]))
+        plgpu.store(refs["out"].at[place], jnp.zeros(place[0].shape, refs["out"].dtype), mask=_both(free, real))
+        plgpu.store(refs["lse"].at[token, jnp.full(token.shape, head)], jnp.full(token.shape, -jnp.inf), mask=free)
+        return _
+
+    lax.fori_loop(first, jnp.where(jnp.max(free.astype(jnp.int32)) > 0, last, first), clear, 0)
 
 
 def chunk_kernel(refs, spec: Spec):
@@ -335,7 +409,7 @@ def chunk_kernel(refs, spec: Spec):
     live = (index < spec.tile * spec.group) & (token < new)
     spread = lambda x: jnp.broadcast_to(x, (len(index), spec.lanes))
     place = (spread((refs["start"][row] + token)[:, None]), spread(heads[:, None]), spread(lane[None]))
-    q = _new(refs, spec, "q", place, _both(live, real)).astype(spec.dtype)
+    q = _get(refs["turned" if spec.packed else "q"], place, _both(live, real)).astype(spec.dtype)
     lowest = lambda pos: jnp.where(refs["window"][0] > 0, jnp.maximum(pos - refs["window"][0] + 1, 0), 0)
     pos, first = context + token, context + offset
     last = jnp.where(offset < new, context + jnp.minimum(offset + spec.tile, new) - 1, -1)
@@ -343,9 +417,7 @@ def chunk_kernel(refs, spec: Spec):
     begin, stop = lax.div(lowest(first), size), lax.div(last + size, size)
     inner = jnp.minimum(lax.div(lowest(last) + size - 1, size), stop)
     outer = jnp.clip(lax.div(first + 1, size), inner, stop)
-    sums = jnp.full(index.shape, NEG, jnp.float32), jnp.zeros(index.shape, jnp.float32), jnp.zeros(q.shape, jnp.float32)
-    if "logits" in refs:
-        sums = _get(refs["logits"], (heads,), live) * (_LOG2E / spec.unit), jnp.ones(index.shape, jnp.float32), sums[2]
+    sums = _begin(refs, spec, heads, live, q.shape)
     attend = functools.partial(_attend, refs, spec, q, (refs["layer"][0], row, head))
 
     def edge(step, sums):
@@ -355,7 +427,5 @@ def chunk_kernel(refs, spec: Spec):
         return attend(block, sums, (at <= last) & (at >= lowest(first)), seen)
 
     sums = lax.fori_loop(inner, outer, lambda block, sums: attend(block, sums), sums)
-    top, total, acc = lax.fori_loop(0, jnp.maximum(inner - begin, 0) + stop - outer, edge, sums)
-    plgpu.store(refs["made"].at[place], (acc * (1 / total)[:, None]).astype(refs["made"].dtype), mask=_both(live, real))
-    where = (refs["start"][row] + token, heads)
-    plgpu.store(refs["sums"].at[where], top * (spec.unit / _LOG2E) + jnp.log(total), mask=live)
+    sums = lax.fori_loop(0, jnp.maximum(inner - begin, 0) + stop - outer, edge, sums)
+    _finish(refs, spec, (refs["start"][row] + token, heads), sums, live, ("made", "sums"))

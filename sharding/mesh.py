@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 # Axis -> what it splits, in the order in which devices are numbered: those of the last one are next to each other.
 AXES = {
     "dp": "requests: each replica has devices, weights and a cache of its own",
+    "pp": "layers: each stage has whole patterns of them, and their cache; and the vocabulary, where it divides that",
     "ep": "experts; and whatever else is split over tp, where it divides that too",
     "tp": "heads, columns of mlps and of each expert, the vocabulary",
 }

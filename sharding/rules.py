@@ -22,8 +22,9 @@ class Rules:
     logical axis that is not named here is replicated.
 
     kv_heads: attention's heads, by key-value head; heads: one by one; mlp: columns of dense layers; vocab: rows of the embedding and of
-    the head; experts: whole experts; expert_mlp: columns of each. spread: mesh axes over which the first four are split too, where they
-    divide them: see `fitted`. Raises ValueError for a mesh axis that there is not."""
+    the head; experts: whole experts; expert_mlp: columns of each; layers: those that are stacked, and their cache, in stages. spread:
+    mesh axes over which the first four are split too, where they divide them, and the vocabulary over those of layers: see `fitted`.
+    Raises ValueError for a mesh axis that there is not."""
 
     kv_heads: tuple[str, ...] = ("tp",)
     heads: tuple[str, ...] = ("tp",)
@@ -31,6 +32,7 @@ class Rules:
     vocab: tuple[str, ...] = ("tp",)
     experts: tuple[str, ...] = ("ep",)
     expert_mlp: tuple[str, ...] = ("tp",)
+    layers: tuple[str, ...] = ("pp",)
     spread: tuple[str, ...] = ("ep",)
 
     def __post_init__(self) -> None:
@@ -65,7 +67,8 @@ class Rules:
         return SingleDeviceSharding(device) if mesh is None else NamedSharding(mesh, self.partition(mesh, axes))
 
     def fitted(self, mesh: Mesh | None, sizes: Mapping[str, Mapping[str, int]]) -> Rules:
-        """The rules for a model on a mesh: kv_heads, heads, mlp and vocab are split over `spread` too where all their sizes are divided.
+        """The rules for a model on a mesh: kv_heads, heads, mlp and vocab are split over `spread` too where all their sizes are divided,
+        and vocab over what splits the layers, for the devices of all stages work on it together.
 
         sizes: of each logical axis that the model has, by the names of what is to be divided. Raises ValueError naming the mesh axis that
         does not divide, and what would."""
@@ -77,10 +80,13 @@ class Rules:
                     raise ValueError(self._refusal(mesh, axis, name, size, sizes))
         changed = {}
         for axis in ("kv_heads", "heads", "mlp", "vocab"):
-            more = tuple(name for name in self.spread if name in mesh.axis_names and name not in getattr(self, axis))
-            ways = math.prod(mesh.shape[name] for name in (*more, *self.over(mesh, axis)))
-            if axis in sizes and all(size % ways == 0 for size in sizes[axis].values()):
-                changed[axis] = (*more, *getattr(self, axis))
+            stages = self.layers if axis == "vocab" else ()
+            for wanted in ((*stages, *self.spread), self.spread, stages):
+                more = tuple(name for name in wanted if name in mesh.axis_names and name not in getattr(self, axis))
+                ways = math.prod(mesh.shape[name] for name in (*more, *self.over(mesh, axis)))
+                if axis in sizes and all(size % ways == 0 for size in sizes[axis].values()):
+                    changed[axis] = (*more, *getattr(self, axis))
+                    break
         return dataclasses.replace(self, **changed, spread=())
 
     def _table(self) -> dict[str, tuple[str, ...]]:

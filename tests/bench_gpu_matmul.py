@@ -12,7 +12,6 @@ import argparse
 import functools
 import itertools
 import json
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llminfer.bench.probe import read_rate, seconds
 from pallas_kernels import matvec_gpu as one_row
 from pallas_kernels import quantized_matmul_gpu as gpu
 from pallas_kernels.quantized_matmul_gpu import Tiles, for_gpu, quantized_matmul_gpu
@@ -81,26 +81,9 @@ def chain(product: Any, x: Any, weights: Any) -> Any:
     return x
 
 
-def seconds(call: Any, *args: Any, least: float = 2e-3, times: int = 5) -> float:
-    """Median time of one call, of several sent one after the other."""
-    jax.block_until_ready(call(*args))
-    begin = time.perf_counter()
-    jax.block_until_ready(call(*args))
-    many = max(2, min(200, int(least / (time.perf_counter() - begin)) + 1))
-    found = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        for _ in range(many):
-            y = call(*args)
-        jax.block_until_ready(y)
-        found.append((time.perf_counter() - begin) / many)
-    return statistics.median(found)
-
-
 def probe() -> float:
-    """Bytes a second of reading 2 GB."""
-    data = jax.random.normal(jax.random.key(0), (1 << 29,), f32)
-    rate = data.nbytes / seconds(jax.jit(lambda data: data.sum()), data, least=1e-2)
+    """Bytes a second of reading 2 GiB."""
+    rate = read_rate(1 << 31)
     note(f"read probe: {rate / 1e9:.0f} GB/s")
     return rate
 

@@ -68,7 +68,7 @@ def row(model: str, sizes: dict[str, int], layout: str, logits_only: bool, alone
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compares every mesh with one device.")
-    parser.add_argument("--models", nargs="*", default=["tiny", "tiny_window", "tiny_moe"])
+    parser.add_argument("--models", nargs="*", default=["tiny", "tiny_window", "tiny_moe", "tiny_stages"])
     parser.add_argument("--axes", nargs="*", default=["dp", "ep", "tp", "pp", "sp"])
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--logits-only", action="store_true")
@@ -83,7 +83,8 @@ def main() -> int:
     for model in asked.models:
         alone = run(model, "", {"layout": "stacked"}, asked.logits_only)
         for number, sizes in enumerate(meshes(asked.axes, asked.devices)):
-            kind, line = row(model, sizes, ("listed", "stacked")[number % 2], asked.logits_only, alone)
+            layout = "auto" if sizes.get("pp", 1) > 1 else ("listed", "stacked")[number % 2]
+            kind, line = row(model, sizes, layout, asked.logits_only, alone)
             counts[kind] += 1
             print(line, flush=True)
     print(", ".join(f"{number} {kind}" for kind, number in counts.items()))

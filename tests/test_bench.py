@@ -6,6 +6,7 @@ import itertools
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from llminfer import cli
 from llminfer.bench import __main__ as bench
 from llminfer.bench import cases
+from llminfer.bench.profile import Op, summary
 from llminfer.bench.throughput import MEAN_OUTPUT, MEAN_PROMPT, Arrival, Served, report, trace
+from llminfer.config import from_toml
 from llminfer.errors import UserError
 
 
@@ -58,14 +61,38 @@ def test_cases_are_measured_and_compared(tmp_path: Path, capsys: pytest.CaptureF
     peer, plot = tmp_path / "peer.jsonl", tmp_path / "plot.svg"
     peer.write_text('INFO\n{"event": "env"}\n{"case": "a", "ms_per_token": 1e9}\n{"case": "c", "prefill_tok_per_s": 1e9}\n')
     command = ["latency", "--cases", "abce", "--model", "config:tiny", "--scale", "0.02", "--runs", "1", "--beside", str(peer)]
-    assert cli.main(bench.main, [*command, "--plot", str(plot), "--json"]) == 0
+    assert cli.main(bench.main, [*command, "--plot", str(plot), "--profile", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["case"] for row in found["cases"]] == list("abce") and found["compiles_after_warmup"] == 0
     for row in found["cases"]:
         assert row["case"] == "b" or row[cases.CASES[row["case"]].figure] > 0  # the difference of two short runs is noise
+        assert 0 < row["profile"]["busy"] <= 1 and len(row["profile"]["ops"]) > 3
+    assert found["read_bytes_per_s"] > 1e9 and found["matmul_flops_per_s"] > 1e9
+    assert ["of_limit" in row for row in found["cases"]] == [True, True, True, False]
     lines = cases.table(found["cases"], found["peer"])
     assert "█" * 60 in lines[0] and "peer" not in lines[1] and "0.00x" in lines[2]
     assert ElementTree.parse(plot).getroot().tag.endswith("svg") and plot.read_text().count("<rect") == 4
+
+
+def test_the_limit_of_a_case_by_hand() -> None:
+    """Llama-3.1-8B in bfloat16: all weights but the embedding, and 128 KiB a token."""
+
+    c = from_toml("llama3_8b")
+    sizes = dict(weights_bytes=2 * c.num_params, embedding_bytes=2 * c.vocab_size * c.hidden_size, bytes_per_token=lambda group: 131072.0)
+    llm = SimpleNamespace(config=c, engine=SimpleNamespace(**sizes), settings=SimpleNamespace(quantize=None))
+    limits = {"read_bytes_per_s": 1e12, "matmul_flops_per_s": 1e15}
+    least = lambda letter: cases._least_seconds(llm, cases.CASES[letter], limits, 1.0)
+    assert least("a") == pytest.approx((15.01e9 + (128 + 128) * 131072) / 1e12, rel=1e-3)
+    assert least("d") == pytest.approx((15.01e9 + 256 * (1024 + 64) * 131072) / 1e12, rel=1e-3)
+    assert least("c") == pytest.approx((2 * 6.98e9 + 32 * 2048 * 4096 * 2) / 1e15, rel=1e-3) and least("e") is None
+
+
+def test_a_profile_by_hand() -> None:
+    ops = [Op("a.1", 0, 10), Op("b", 10, 20), Op("a.22", 100, 50), Op("c_3", 120, 10)]
+    found = summary(ops)
+    assert (found["span_ms"], found["busy"], found["gaps"], found["gaps_ms"]) == (0.15, pytest.approx(80 / 150), 1, 0.07)
+    assert found["ops"][0] == {"name": "a", "count": 2, "ms": 0.06, "us": 30.0} and len(summary(ops, 1)["ops"]) == 1
+    assert summary([])["ops"] == []
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cases", default=None, metavar="LETTERS", help="latency, throughput: fixed work, from a to e, such as abc")
     parser.add_argument("--beside", default=None, metavar="FILE", help="cases: a peer's figures, as JSON lines, to compare with")
     parser.add_argument("--plot", default=None, metavar="FILE", help="cases: an SVG of them")
+    parser.add_argument("--profile", action="store_true", help="cases: what ran on the device in one run more of each")
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels, selfcheck: those whose name contains it")
     parser.add_argument("--target", default=None, help="kernels: compile for this TPU, such as v6e, and count the schedule")
     parser.add_argument("--tune", action="store_true", help="kernels: try block sizes, and write the best ones")
@@ -75,13 +76,21 @@ def _cases(options: argparse.Namespace) -> dict[str, Any]:
     scale, plotted = _scale(options), _file(options.plot, "--plot")
     peer = cases.read_peer(options.beside) if options.beside else {}
     options.set = [f"{name}={str(value).lower()}" for name, value in cases.settings(letters, scale).items()] + options.set
+    cli.settings(options)  # refuses what is wrong before anything is measured
+    from llminfer.bench.probe import probe
+    from llminfer.bench.profile import table
+
+    limits, rows = probe(), []
+    if not options.json:
+        print(f"limits  {limits['read_bytes_per_s'] / 1e9:,.0f} GB/s read, {limits['matmul_flops_per_s'] / 1e12:,.1f} TFLOP/s of products")
     llm = cli.load(options)
-    rows = []
     with RichProgress() as progress:
-        for row in cases.measure(llm, letters, runs, scale, progress):  # each is said at once: a long run may be cut off
+        how: dict[str, Any] = dict(scale=scale, limits=limits, profile=options.profile, progress=progress)
+        for row in cases.measure(llm, letters, runs, **how):  # each is said at once: a long run may be cut off
             rows.append(row)
-            print(json.dumps(row) if options.json else cases.table([row], peer)[0], flush=True)
-    about = _about(llm) | {name: llm.stats()[name] for name in ("compiles_after_warmup", "load_s")}
+            lines = [json.dumps(row)] if options.json else cases.table([row], peer) + (table(row["profile"]) if options.profile else [])
+            print("\n".join(lines), flush=True)
+    about = _about(llm) | {name: llm.stats()[name] for name in ("compiles_after_warmup", "load_s")} | limits
     if plotted:
         plotted.write_text(cases.plot(rows, peer, f"{about['model']} on {about['platform']}"), encoding="utf-8")
     return about | {"cases": rows, "peer": peer}

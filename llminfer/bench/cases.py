@@ -56,14 +56,31 @@ def settings(letters: list[str], scale: float = 1.0) -> dict[str, Any]:
     return {"slots": slots, "context": max(64, round(4096 * scale)), "chunk": max(32, round(4096 * scale)), "prefix_cache": False}
 
 
-def measure(llm: Any, letters: list[str], runs: int, scale: float = 1.0, progress: Progress | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of the cases, as they are measured: each with its figure, the median of `runs` after one that is not counted."""
-    task = start(progress, "Measuring", len(letters) * (runs + 1))
+def measure(
+    llm: Any,
+    letters: list[str],
+    runs: int,
+    *,
+    scale: float = 1.0,
+    limits: dict[str, float] | None = None,
+    profile: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of the cases, as they are measured: each with its figure, the median of `runs` after one that is not counted.
+    limits: what probe.probe found; of_limit is the share of it that a case reaches. profile: of one run more."""
+    from llminfer.bench.profile import profiled  # which imports jax
+
+    task = start(progress, "Measuring", len(letters) * (runs + 1 + profile))
     llm.engine.programs.wait_all()  # nothing is to be compiled while the clock runs
     for letter in letters:
         case = CASES[letter]
         times = [_once(llm, case, seed, scale, task.advance) for seed in range(runs + 1)][1:]
-        yield {"case": letter, "what": case.what, **_figures(case, times, scale), "seconds": times}
+        row = {"case": letter, "what": case.what, **_figures(case, times, scale), "seconds": times}
+        if limits and (least := _least_seconds(llm, case, limits, scale)):
+            row["of_limit"] = least * (row[case.figure] if case.figure.endswith("_per_s") else 1e3 / row[case.figure])
+        if profile:
+            row["profile"] = profiled(lambda case=case: _once(llm, case, 0, scale, task.advance))
+        yield row
     task.done()
 
 
@@ -101,6 +118,28 @@ def _figures(case: Case, times: list[list[float]], scale: float) -> dict[str, fl
     return {case.figure: per.get(case.figure, sum(prompt for prompt, _ in works[0]) / each[0])}
 
 
+def _least_seconds(llm: Any, case: Case, limits: dict[str, float], scale: float) -> float | None:
+    """What a decode step takes where reading weights and cache is all, or a token of prefill where products of matrices are. None for
+    what is neither, for experts, of which a step reads those that it needs, and for prefill with tokens in 8 bits."""
+    c, engine = llm.config, llm.engine
+    eight_bits = case.figure == "prefill_tok_per_s" and (llm.settings.quantize or "").startswith("w8a8")
+    if not case.new or c.num_experts or eight_bits:
+        return None
+    (prompt, last), most = _works(case, scale)[-1][0], len(case.new) > 1
+    table = c.vocab_size * c.hidden_size
+    if case.figure == "prefill_tok_per_s":
+        tables = (1 if c.tie_embeddings else 2) * table
+        attention = (
+            sum(min(prompt, c.window(i) or prompt) for i in range(c.num_layers)) * c.num_heads * (c.head_dim + (c.value_dim or c.head_dim))
+        )
+        return (2 * (c.num_params - tables) + attention) / limits["matmul_flops_per_s"]
+    first = _works(case, scale)[0][0][1] if most else 0
+    context = prompt + (first + last) / 2
+    cache = sum(min(context, c.groups[i] or context) * engine.bytes_per_token(i) for i in range(len(c.groups)))
+    weights = engine.weights_bytes - (0 if c.tie_embeddings else engine.embedding_bytes)
+    return (weights + len(_works(case, scale)[-1]) * cache) / limits["read_bytes_per_s"]
+
+
 def read_peer(file: str) -> dict[str, float]:
     """Case -> figure of a file of JSON lines. Raises UserError."""
     try:
@@ -132,7 +171,7 @@ def table(rows: list[dict[str, Any]], peer: dict[str, float]) -> list[str]:
         if letter in peer:
             times = ratio(letter, ours, peer[letter])
             line += f"  peer {peer[letter]:>10,.2f}  {times:5.2f}x  {'█' * round(20 * min(times, 3))}"
-        lines.append(line)
+        lines.append(line + (f"  {100 * row['of_limit']:.0f}% of the limit" if "of_limit" in row else ""))
     return lines
 
 

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 # Three splits and tiles of 16 tokens: small contexts then have splits without keys, blocks at the edges and blocks inside.
 SMALL = {"decode": Sizes(block=16, warps=2, stages=3, splits=3), "chunks": Sizes(block=16, warps=4, stages=2, rows=32)}
+ONE = SMALL | {"decode": Sizes(block=16, warps=2, stages=3)}
 PROGRAMS = {
     "decode": Program(seqs=6, rows=7, q_max=1, pages=4),
     "decode_mha": Program(seqs=6, rows=6, q_max=1, pages=4, group=1, dtype=jnp.bfloat16),
@@ -51,17 +52,25 @@ name = lambda case: f"{case.program}-{case.window}-{case.seed}"
 
 
 @functools.cache
-def call(program: Program, interpret: bool, tuned: bool = False):
-    static = dict(scale=program.head_dim**-0.5, softcap=program.softcap, q_max=program.q_max, sizes=None if tuned else SMALL)
+def call(program: Program, interpret: bool, tuned: bool = False, one: bool = False):
+    sizes = None if tuned else ONE if one else SMALL
+    static = dict(scale=program.head_dim**-0.5, softcap=program.softcap, q_max=program.q_max, sizes=sizes)
     entry = functools.partial(paged_attention_gpu, **static, interpret=interpret)
     return jax.jit(entry, compiler_options=QUICK if interpret else None)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_matches_oracle(case: Case) -> None:
+WITH_ONE_SPLIT = [case for case in CASES if case.program in ("decode", "decode_far", "decode_head64", "mix_mha")]
+
+
+@pytest.mark.parametrize(
+    ("case", "one"),
+    [(case, False) for case in CASES] + [(case, True) for case in WITH_ONE_SPLIT],
+    ids=lambda x: x if type(x) is bool else name(x),
+)
+def test_matches_oracle(case: Case, one: bool) -> None:
     program = PROGRAMS[case.program]
     q, k, v, kv, data = build(program, case)
-    found = call(program, True)(q, k, v, kv, **data)
+    found = call(program, True, one=one)(q, k, v, kv, **data)
     check_equal(program, found, oracle(program, q, k, v, kv, data, found))
 
 
@@ -93,7 +102,8 @@ def check_packed(name: str, q_len, kv_len, pairs: int, interpret: bool) -> None:
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), **close)
 
 
-PACKED = [("decode", *EDGES, 32), ("decode_head64", (1, 1, 1), (33, 8, 61), 16), ("mix", MIX_Q, MIX_KV, 32), ("mix_mha", MIX_Q, MIX_KV, 0)]
+PACKED = [("decode", *EDGES, 32), ("decode_head64", (1, 1, 1), (33, 8, 61), 16), ("mix", MIX_Q, MIX_KV, 32)]
+PACKED += [("mix_mha", MIX_Q, MIX_KV, pairs) for pairs in (0, 16)]
 
 
 @pytest.mark.parametrize("case", PACKED, ids=lambda case: case[0])

@@ -20,7 +20,7 @@ def mesh(text: str) -> Mesh | None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("xx=2", "axis 'xx' is not supported in this version; legal: dp, ep, tp"),
+        ("xx=2", "axis 'xx' is not supported in this version; legal: dp, pp, ep, tp"),
         ("tp=2,tp=2", "axis 'tp' is there twice"),
         ("tp=0", "tp must be an integer >= 1"),
         ("tp=" + "9" * 5000, "tp must be an integer >= 1"),
@@ -56,11 +56,22 @@ def test_what_is_no_expert_is_spread_over_the_devices_of_experts_where_it_divide
     assert rules.partition(mesh("tp=8"), ("experts", "vocab")) == PartitionSpec(None, "tp")  # by the axes that there are
 
 
+def test_layers_are_in_stages_and_the_vocabulary_on_all_of_them_where_that_divides_it() -> None:
+    three = mesh("pp=4,ep=2,tp=2")
+    rules = Rules().fitted(three, SIZES | {"layers": {"layer_patterns": 8}})
+    assert rules.partition(three, ("layers", "embed", "kv_heads")) == PartitionSpec("pp", None, ("ep", "tp"))
+    assert rules.partition(three, ("vocab", "embed")) == PartitionSpec(("pp", "ep", "tp"), None) and rules.ways(three, "layers") == 4
+    for size, over in ((12, ("ep", "tp")), (8, ("ep", "tp")), (18, ("tp",))):
+        assert Rules().fitted(three, {"vocab": {"vocab_size": size}}).over(three, "vocab") == over
+    with pytest.raises(ValueError, match="pp=4 does not divide layer_patterns=6; legal: 1, 2, 3, 6"):
+        Rules().fitted(three, {"layers": {"layer_patterns": 6}})
+
+
 def test_one_mesh_axis_cannot_split_an_array_twice() -> None:
     rules = Rules(experts=("tp",))
-    with pytest.raises(ValueError, match="experts and expert_mlp of one array are both split over tp; free: dp, ep"):
+    with pytest.raises(ValueError, match="experts and expert_mlp of one array are both split over tp; free: dp, pp, ep"):
         rules.partition(mesh("tp=2"), ("experts", "embed", "expert_mlp"))
-    with pytest.raises(ValueError, match="rules: mlp names the mesh axis 'model'; legal: dp, ep, tp"):
+    with pytest.raises(ValueError, match="rules: mlp names the mesh axis 'model'; legal: dp, pp, ep, tp"):
         Rules(mlp=("model",))
 
 
