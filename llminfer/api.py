@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from llminfer.config import EngineConfig
@@ -44,14 +45,19 @@ class LLM:
     def _build(self, progress: Any) -> None:
         from llminfer.engine import Engine
         from llminfer.programs import keep_compiled
+        from llminfer.replicas import Replicas
         from llminfer.target import Target, chip_of, devices
-        from sharding.mesh import make_mesh
+        from sharding.mesh import make_meshes
 
         keep_compiled(cache_root(self.settings.cache_dir) / "xla")
-        mesh = as_user_error(make_mesh, self._axes, devices())
-        first, s = devices()[0], self.settings
-        self.target = Target.of(first.platform, chip=chip_of(first), layout=s.layout, dtype=s.dtype, debug=s.debug, mesh=mesh)
-        self.engine = Engine(self.config, self.settings, self.target, progress)
+        s, engines = self.settings, []
+        for mesh, device in as_user_error(make_meshes, self._axes, devices()):
+            where: Any = dict(chip=chip_of(device), mesh=mesh, device=device)
+            target = Target.of(device.platform, layout=s.layout, dtype=s.dtype, debug=s.debug, **where)
+            # A process has one profile at a time.
+            engines.append(Engine(self.config, replace(s, profile=None) if engines else s, target, progress))
+        self.target = engines[0].target
+        self.engine: Any = engines[0] if len(engines) == 1 else Replicas(engines)
 
     # Prompts ----------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ class ScaledPages:
 @flax.struct.dataclass
 class KVCache:
     """groups[g]: stacked layout: one array [layers of the group, pages, Hkv, page, lanes], or ScaledPages of one; listed layout: a
-    tuple of such with one layer each. See pallas_kernels/paged_attention.py for a row: 2 * head_dim lanes, on a TPU whole tiles of them."""
+    tuple of such with one layer each. See pallas_kernels/paged_attention.py for a row: ModelConfig.row_dim lanes, on a TPU whole tiles."""
 
     groups: tuple[Any, ...]
 
@@ -31,7 +31,7 @@ class KVCache:
 def row_lanes(c: ModelConfig, platform: str) -> int:
     """Lanes of a row: a TPU stores whole tiles of them anyway, and would copy a cache with other rows for a kernel."""
     tile = 128 if platform == "tpu" else 1
-    return -(-2 * c.head_dim // tile) * tile
+    return -(-c.row_dim // tile) * tile
 
 
 def abstract(c: ModelConfig, pages: tuple[int, ...], page_size: int, dtype: Any, *, stacked: bool, platform: str = "cpu") -> KVCache:

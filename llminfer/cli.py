@@ -29,8 +29,8 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
         default="demo",
         help="demo, a directory, a .gguf file, a Hugging Face id, or config:NAME (default: demo)",
     )
-    made.add_argument("--quantize", default=None, help="int8, int4, mxfp4, or w8a8 (int8 weights and tokens)")
-    made.add_argument("--mesh", default="", help="devices of each axis, such as tp=2")
+    made.add_argument("--quantize", default=None, help="int8, fp8, int4, mxfp4, mxfp4_experts, or w8a8 and w8a8_fp8 (tokens in 8 bits too)")
+    made.add_argument("--mesh", default="", help="devices of each axis, such as dp=2,tp=4: dp replicas, ep experts, tp heads and columns")
     made.add_argument("--seed", type=int, default=None, help="of sampling, and of the weights of config: models")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the engine's settings")
     made.add_argument("--json", action="store_true", help="print one JSON object on the last line")

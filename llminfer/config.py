@@ -25,7 +25,9 @@ LIMITS = {
 }
 MAX_EXPERTS = 4096
 MAX_SINKS = 128
-QUANTIZATIONS = (None, "int8", "int4", "mxfp4", "w8a8")
+QUANTIZATIONS = (None, "int8", "fp8", "int4", "mxfp4", "mxfp4_experts", "w8a8", "w8a8_fp8")
+EIGHT_BITS = ("int8", "fp8", "w8a8", "w8a8_fp8")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped")
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -84,18 +86,29 @@ class Rope:
 class ModelConfig:
     """Shapes and constants of one decoder-only transformer: every family is a choice of these fields. Sizes in elements.
 
-    Attention: `windows` is a pattern repeated over the layers, each entry the number of latest positions a token sees (itself
-    included), 0 for all of them; `rope_layers` a pattern of as many entries (or one for all): which of `ropes` a layer uses, -1
-    for none. qk_norm: "" none, "head" one weight [head_dim] for all heads, "heads" a weight for each head, "full" over all heads
-    at once. attn_scale: None for head_dim ** -0.5. attn_softcap, logit_softcap: x -> cap * tanh(x / cap).
+    Attention: `windows` is a pattern repeated over the layers, each entry the number of latest positions a token sees (itself included), 0
+    for all of them; chunked: the size of chunks instead, of which a token sees its own, up to itself (Llama 4); `rope_layers` a pattern
+    of as many entries (or one for all): which of `ropes` a layer uses, -1 for none. qk_norm: "" none, "head" one weight [head_dim] for
+    all heads, "heads" a weight for each head, "full" over all heads at once, "unit" without a weight, after the rotation and where
+    there is one. query_floor F > 0: in layers without a rotation queries at position p are multiplied by 1 + query_scale * log(1 + (p +
+    1) // F). attn_scale: None for head_dim ** -0.5. attn_softcap, logit_softcap: x -> cap * tanh(x / cap). sink_logits: each head's
+    softmax has one more key, without a value, whose score is a weight (gpt-oss, arXiv 2508.10925). Latent attention (kv_rank > 0;
+    DeepSeek-V2, arXiv 2405.04434): keys and values of all heads are made of one latent of kv_rank numbers a token, beside which a key
+    has rope_head_dim rotated ones, the same for all heads. These are what is cached, as num_kv_heads = 1. Of a query's head_dim the
+    last rope_head_dim are rotated; a value has value_dim. q_rank: queries are made of a latent of their own, 0: of the hidden state.
     Block: norm "rms" or "layer"; norm_offset is added to a norm's weight. pre_norm: norms before attention and mlp; post_norm:
     norms on what both give, before it is added. parallel: attention and mlp read the same input and are added together;
     shared_norm: then one norm serves both. residual_scale multiplies what is added to the residual stream.
     mlp: gated: act(gate) * up, else act(up). embed_scale and logit_scale multiply the embeddings and the logits.
-    Experts (num_experts, 0: none): `moe_layers` is a pattern repeated over the layers: where experts, gated and moe_intermediate_size
-    wide, take the place of the mlp. The router scores them by a "softmax" of its logits; a token goes to the experts_per_token best,
-    whose scores are its weights, divided by their sum where norm_topk says so. shared_intermediate_size (0: none): width of an mlp
-    that sees every token beside them; shared_gate: what it gives is multiplied by the sigmoid of a product of the token.
+    Experts (num_experts, 0: none): `moe_layers` is a pattern repeated over the layers: where experts, gated and moe_intermediate_size wide,
+    take the place of the mlp; the first dense_layers have none. The router scores them by a "softmax" or "sigmoid" of its logits; a
+    token goes to the experts_per_token best, whose scores are its weights, divided by their sum where norm_topk says so, then times
+    routed_scale. scale_inputs: they multiply what goes into the experts, and not what comes out. Of router_groups, only experts of
+    those router_groups_used are chosen whose two best score most together (DeepSeek-V3, arXiv 2412.19437). router_bias: "" none,
+    "logits" added to them, "choice" to the scores, for the choice alone. expert_bias: both products of an expert have biases.
+    activation "clamped" is of experts alone: gate * sigmoid(1.702 * gate) * (up + 1), gate at most 7, up from -7 to 7 (gpt-oss).
+    shared_intermediate_size (0: none): width of an mlp that sees every token beside them; shared_gate: what it gives is multiplied by
+    the sigmoid of a product of the token.
     sink_tokens, sink_window: set by EngineConfig.kv_policy alone: layers of the window sink_window also see the first sink_tokens."""
 
     name: str
@@ -108,6 +121,7 @@ class ModelConfig:
     head_dim: int
     max_position: int
     windows: tuple[int, ...] = (0,)
+    chunked: bool = False
     ropes: tuple[Rope, ...] = (Rope(),)
     rope_layers: tuple[int, ...] = (0,)
     learned_positions: bool = False
@@ -120,6 +134,11 @@ class ModelConfig:
     parallel: bool = False
     shared_norm: bool = False
     qk_norm: str = ""
+    sink_logits: bool = False
+    q_rank: int = 0
+    kv_rank: int = 0
+    rope_head_dim: int = 0
+    value_dim: int = 0
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -129,10 +148,19 @@ class ModelConfig:
     experts_per_token: int = 0
     moe_intermediate_size: int = 0
     moe_layers: tuple[bool, ...] = (True,)
+    dense_layers: int = 0
     router: str = "softmax"
+    router_bias: str = ""
+    router_groups: int = 1
+    router_groups_used: int = 1
     norm_topk: bool = False
+    scale_inputs: bool = False
+    routed_scale: float = 1.0
+    expert_bias: bool = False
     shared_intermediate_size: int = 0
     shared_gate: bool = False
+    query_floor: int = 0
+    query_scale: float = 0.0
     attn_scale: float | None = None
     attn_softcap: float | None = None
     logit_softcap: float | None = None
@@ -158,10 +186,14 @@ class ModelConfig:
             raise refuse("rope_layers", self.rope_layers, f"must be integers from -1 (none) to {len(self.ropes) - 1}")
         if 1 != len(self.windows) != len(self.rope_layers) != 1:
             raise refuse("rope_layers", self.rope_layers, f"must have one entry or as many as windows ({len(self.windows)})")
+        require_integer("query_floor", self.query_floor, 0, LIMITS["max_position"])
         self._check_experts()
-        if self.period > self.num_layers:
+        longest = max(len(self.windows), len(self.rope_layers), len(self.moe_layers) if self.num_experts else 1)
+        if longest > self.num_layers - self.dense_layers:
             named = "windows, rope_layers and moe_layers" if self.num_experts else "windows and rope_layers"
-            raise refuse(named, self.period, f"must not be longer than num_layers={self.num_layers}")
+            least = f" - dense_layers={self.dense_layers}" if self.dense_layers else ""
+            raise refuse(named, longest, f"must not be longer than num_layers={self.num_layers}{least}")
+        self._check_latent()
         for rope in self.ropes:
             pairs = (rope.dim or self.head_dim) // 2
             if pairs * 2 > self.head_dim:
@@ -169,8 +201,8 @@ class ModelConfig:
             if rope.kind == "longrope" and not len(rope.short_factors) == len(rope.long_factors) == pairs:
                 raise refuse("rope factors", len(rope.long_factors), f"longrope needs one short and one long factor a pair ({pairs})")
         _one_of("norm", self.norm, ("rms", "layer"))
-        _one_of("qk_norm", self.qk_norm, ("", "head", "heads", "full"))
-        _one_of("activation", self.activation, ("silu", "gelu", "gelu_tanh"))
+        _one_of("qk_norm", self.qk_norm, ("", "head", "heads", "full", "unit"))
+        _one_of("activation", self.activation, ACTIVATIONS)
         if not (self.pre_norm or self.post_norm):
             raise refuse("pre_norm", False, "a block needs pre_norm or post_norm")
         if self.shared_norm and not (self.parallel and self.pre_norm):
@@ -184,31 +216,76 @@ class ModelConfig:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise refuse("bos/eos token id", token, f"must be from 0 to vocab_size-1={self.vocab_size - 1}")
 
+    def _check_latent(self) -> None:
+        for field, most in (("q_rank", 2**17), ("kv_rank", 2**17), ("rope_head_dim", self.head_dim - 1), ("value_dim", 1024)):
+            require_integer(field, getattr(self, field), 1 if self.kv_rank and field != "q_rank" else 0, most if self.kv_rank else 0)
+        if not self.kv_rank:
+            return
+        if self.num_kv_heads != 1:
+            raise refuse("num_kv_heads", self.num_kv_heads, "must be 1 with kv_rank: all heads read one latent")
+        if self.qk_norm or self.sink_logits or self.attn_softcap:
+            raise refuse("kv_rank", self.kv_rank, "goes without qk_norm, sink_logits and attn_softcap")
+        if any((rope.dim or self.head_dim) != self.rope_head_dim for rope in self.ropes):
+            raise refuse("rope dim", self.ropes[0].dim, f"must be rope_head_dim={self.rope_head_dim} with kv_rank")
+
     def _check_experts(self) -> None:
         require_integer("num_experts", self.num_experts, 0, MAX_EXPERTS)
         require_integer("shared_intermediate_size", self.shared_intermediate_size, 0, LIMITS["intermediate_size"])
         if not self.moe_layers or any(type(x) is not bool for x in self.moe_layers):
             raise refuse("moe_layers", self.moe_layers, "must be a list of true (experts) and false (an mlp)")
-        _one_of("router", self.router, ("softmax",))
+        _one_of("router", self.router, ("softmax", "sigmoid"))
+        _one_of("router_bias", self.router_bias, ("", "logits", "choice"))
+        _positive("routed_scale", self.routed_scale)
+        require_integer("dense_layers", self.dense_layers, 0, self.num_layers - 1)
         if not self.num_experts:
             for field in ("experts_per_token", "moe_intermediate_size", "shared_intermediate_size"):
                 if getattr(self, field):
                     raise refuse(field, getattr(self, field), "must be 0 without num_experts")
+            for field, value in (("router_bias", ""), ("expert_bias", False), ("dense_layers", 0)):
+                if getattr(self, field) != value:
+                    raise refuse(field, getattr(self, field), "needs num_experts")
+            if self.activation == "clamped":
+                raise refuse("activation", self.activation, "is of experts alone: needs num_experts")
             return
         require_integer("experts_per_token", self.experts_per_token, 1, self.num_experts)
+        self._check_groups()
         require_integer("moe_intermediate_size", self.moe_intermediate_size, 1, LIMITS["intermediate_size"])
-        if not self.gated or self.activation not in ("silu", "gelu_tanh"):
-            raise refuse("activation", self.activation, "experts must be gated, by silu or gelu_tanh")
+        if not self.gated or self.activation not in ("silu", "gelu_tanh", "clamped"):
+            raise refuse("activation", self.activation, "experts must be gated, by silu, gelu_tanh or clamped")
+        if self.activation == "clamped" and not (all(self.moe_layers) and not self.shared_intermediate_size):
+            raise refuse("activation", self.activation, "is of experts alone: no layer may have an mlp, or shared experts")
         if self.mlp_bias:
-            raise refuse("mlp_bias", True, "experts have no biases")
+            raise refuse("mlp_bias", True, "is not of models with experts; theirs is expert_bias")
+
+    def _check_groups(self) -> None:
+        require_integer("router_groups", self.router_groups, 1, self.num_experts)
+        if self.num_experts % self.router_groups or (self.router_groups > 1 and self.num_experts // self.router_groups < 2):
+            raise refuse("router_groups", self.router_groups, f"must cut num_experts={self.num_experts} into equal groups of 2 and more")
+        require_integer("router_groups_used", self.router_groups_used, 1, self.router_groups)
+        most = self.num_experts // self.router_groups * self.router_groups_used
+        if self.experts_per_token > most:
+            raise refuse("experts_per_token", self.experts_per_token, f"must be at most the {most} experts of router_groups_used")
 
     @property
     def period(self) -> int:
-        """Length of the pattern of layers: layer i is of the kind of layer i % period."""
-        return math.lcm(max(len(self.windows), len(self.rope_layers)), len(self.moe_layers) if self.num_experts else 1)
+        """Length of the pattern of layers: layer i is of the kind of layer i % period. Patterns that repeat together after the last layer
+        only are one pattern of all layers."""
+        together = math.lcm(max(len(self.windows), len(self.rope_layers)), len(self.moe_layers) if self.num_experts else 1)
+        return min(together, self.num_layers - self.dense_layers)
 
     def has_experts(self, layer: int) -> bool:
-        return self.num_experts > 0 and self.moe_layers[layer % len(self.moe_layers)]
+        return self.num_experts > 0 and self.moe_layers[layer % len(self.moe_layers)] and layer >= self.dense_layers
+
+    @property
+    def scanned(self) -> range:
+        """The layers that run under a scan in the stacked layout: whole patterns, after the first dense_layers."""
+        first = self.dense_layers
+        return range(first, first + (self.num_layers - first) // self.period * self.period)
+
+    @property
+    def row_dim(self) -> int:
+        """Numbers that a token's row of the cache has for each kv head: its key and its value, or the latent and the rotated part."""
+        return self.kv_rank + self.rope_head_dim if self.kv_rank else 2 * self.head_dim
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -234,17 +311,23 @@ class ModelConfig:
     @property
     def num_params(self) -> int:
         """Parameter count, the tied output head counted once."""
-        d, f = self.hidden_size, self.intermediate_size
+        d, f, heads = self.hidden_size, self.intermediate_size, self.num_heads
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         norm = d * (2 if self.norm_bias else 1)
         norms = self.pre_norm * (1 if self.shared_norm else 2) + 2 * self.post_norm
-        qk_norm = {"": 0, "head": 2 * self.head_dim, "heads": q + kv, "full": q + kv}[self.qk_norm]
+        qk_norm = {"": 0, "unit": 0, "head": 2 * self.head_dim, "heads": q + kv, "full": q + kv}[self.qk_norm]
         up = f * (2 if self.gated else 1)
-        biases = self.qkv_bias * (q + 2 * kv) + self.o_bias * d
-        layer = d * (2 * q + 2 * kv) + norms * norm + qk_norm + biases
+        biases = self.qkv_bias * (q + 2 * kv) + self.o_bias * d + self.sink_logits * self.num_heads
+        attention = d * (2 * q + 2 * kv) + qk_norm + biases
+        if self.kv_rank:
+            latents, made = self.q_rank + self.row_dim, heads * (self.head_dim - self.rope_head_dim + self.value_dim)
+            attention = d * (latents + heads * self.value_dim) + (self.q_rank or d) * q + self.kv_rank * made + self.q_rank + self.kv_rank
+            attention += self.qkv_bias * latents + self.o_bias * d
+        layer = attention + norms * norm
         mlp = d * (up + f) + self.mlp_bias * (up + d)
         wide = self.num_experts * self.moe_intermediate_size + self.shared_intermediate_size
         experts = d * (self.num_experts + 3 * wide + self.shared_gate)
+        experts += self.num_experts * (bool(self.router_bias) + self.expert_bias * (2 * self.moe_intermediate_size + d))
         tables = (1 if self.tie_embeddings else 2) * self.vocab_size + self.learned_positions * self.max_position
         with_experts = sum(self.has_experts(i) for i in range(self.num_layers))
         return self.num_layers * layer + (self.num_layers - with_experts) * mlp + with_experts * experts + tables * d + norm
@@ -256,8 +339,9 @@ class EngineConfig:
     of the first steps, which xprof and TensorBoard show. kv_policy: "sinks:4,window:1024" keeps the keys and values of the first 4
     and the last 1024 tokens only, in layers that would see all (StreamingLLM, arXiv 2309.17453). quantize: "int8" and "int4" round the
     matrices of the layers, by output channel and in groups of 128 (64, 32) inputs; "mxfp4" to floats of 4 bits in groups of 32 (OCP
-    Microscaling Formats); "w8a8" is int8, and tokens are rounded to int8 too. quantize_head: the output head too (w8a8: as int8); an
-    embedding that is also the head stays as it is for looking tokens up."""
+    Microscaling Formats), "mxfp4_experts" those of experts alone, which is gpt-oss as published; "fp8" to float8_e4m3fn by output channel;
+    "w8a8" and "w8a8_fp8" are int8 and fp8 with tokens rounded to the same. quantize_head: the output head too (tokens are not rounded
+    there); an embedding that is also the head stays as it is for tokens to be looked up."""
 
     slots: int = 8
     context: int | None = None
@@ -338,6 +422,8 @@ def evicting(c: ModelConfig, text: str | None) -> ModelConfig:
     if policy is None:
         return c
     sinks, window = policy
+    if c.chunked:
+        raise refuse("kv_policy", text, f"{c.name} attends by chunks: their size bounds the cache of most layers")
     if 0 not in c.windows:
         raise refuse("kv_policy", text, f"{c.name} has no layer that sees all positions: its own windows bound the cache")
     if window in c.windows:

@@ -16,7 +16,7 @@ import numpy as np
 from llminfer import cli
 from llminfer.errors import refuse
 from llminfer.progress import Progress, Task, start
-from llminfer.weights import Checkpoint, assemble, hf_names, open_model, orbax, safetensors, saving
+from llminfer.weights import Checkpoint, assemble, hf_names, hf_quant, open_model, orbax, safetensors, saving
 from llminfer.weights.hf_write import to_hf
 from llminfer.weights.hub import TOKENIZER_FILES
 
@@ -101,7 +101,9 @@ def _stored(checkpoint: Checkpoint, dtype: str | None, progress: Progress | None
     if checkpoint.directory is not None and source is not None:
         path = checkpoint.directory / "config.json"
         data = safetensors.parse_object(safetensors.read_bounded(path), path)
-        files = safetensors.SafetensorsSource(checkpoint.directory)
+        files: hf_names.Tensors = safetensors.SafetensorsSource(checkpoint.directory)
+        if dtype is not None and data.pop("quantization_config", None):
+            files = hf_quant.Dequantized(files)
         names = list(files.shapes())
         return _with_dtype(data, dtype), ((name, files.read(name)) for name in names), len(names)
     data = to_hf(c, dtype or "float32")

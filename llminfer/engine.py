@@ -18,6 +18,7 @@ import numpy as np
 
 from llminfer import cache as kv
 from llminfer import placement
+from llminfer.arrange import on_mesh
 from llminfer.batch import pack, pack_loop, ship
 from llminfer.config import EngineConfig, ModelConfig, evicting
 from llminfer.errors import UserError, refuse
@@ -59,12 +60,13 @@ class Engine:
     """Serves one model on one target: `load` gives it its weights."""
 
     def __init__(self, c: ModelConfig, settings: EngineConfig, target: Target, progress: Any = None):
-        c = evicting(c, settings.kv_policy)
-        self.c, self.settings, self.target = c, settings, target
+        self._stored = c = evicting(c, settings.kv_policy)  # as a checkpoint has it
+        target = placement.fitted(c, target)
+        self.c, self.settings, self.target = on_mesh(c, target), settings, target
         self.context = min(2048, c.max_position) if settings.context is None else settings.context
         if self.context > c.max_position and not c.sink_window:
             raise refuse("context", self.context, f"{c.name} was made for at most {c.max_position} positions")
-        placement.check_mesh(c, target)
+        placement.check_cache(c, settings)
         totals = placement.pool_sizes(c, settings, self.context, target)
         self.pages = Pages(c.groups, totals, settings.page_size, prefix_cache=settings.prefix_cache, sinks=c.sinks)
         self.scheduler = Scheduler(self.pages, slots=settings.slots, chunk=settings.chunk, decode_steps=settings.decode_steps)
@@ -75,7 +77,7 @@ class Engine:
             placement.abstract_history(settings, target, self.context),
         )
         self.declared = Declared(settings, target, self.pages.pages_for(self.context), len(c.groups))
-        self.programs = Programs(c, target, self._shapes, settings.decode_steps, progress)
+        self.programs = Programs(self.c, target, self._shapes, settings.decode_steps, progress)
         self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shapes[1]))
         self.weights_bytes = 0
         self._params: Any = None
@@ -102,7 +104,14 @@ class Engine:
 
     def load(self, leaves: Iterable[tuple[str, Any]] | None) -> None:
         """Takes weights (named host arrays, see Checkpoint.leaves; None: random ones) and allocates the cache."""
-        self._params = placement.load_params(leaves, self.c, self.settings, self.target)
+        self._start(placement.load_params(leaves, self._stored, self.settings, self.target))
+
+    def load_from(self, other: Engine) -> None:
+        """Takes the weights that another engine of the same model and settings has, on other devices."""
+        self._start(jax.tree.map(lambda x, s: jax.device_put(x, placement.place_of(s)), other._params, self._shapes[0]))
+
+    def _start(self, placed: Any) -> None:
+        self._params = placed
         self.weights_bytes = placement.tree_bytes(self._params)
         self._cache = kv.allocate(self._shapes[1], poison=self.settings.debug)
         self._history = placement.zeros(self._shapes[2])
@@ -147,6 +156,11 @@ class Engine:
         else:
             self._unscored.append(made)
         return made
+
+    def found(self, prompt: list[int], params: SamplingParams) -> int:
+        """How many tokens of a checked prompt are in the cache."""
+        request = Request(prompt, params, 0, 1, frozenset(), 0.0, self._regime(len(prompt)))
+        return self.pages.found(Sequence(request, 0, None))
 
     def _queue(self, sequences: list[Sequence]) -> None:
         for seq in sequences:

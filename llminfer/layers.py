@@ -12,13 +12,13 @@ import numpy as np
 from llminfer.config import ModelConfig, Rope
 
 
-def norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, c: ModelConfig) -> jax.Array:
+def norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, c: ModelConfig, eps: float | None = None) -> jax.Array:
     """Norm over the last axis, computed in float32: by the root mean square (Zhang and Sennrich, arXiv 1910.07467), or after
-    the mean is taken off (layer norm, Ba et al., arXiv 1607.06450). weight, bias: shapes that broadcast to x."""
+    the mean is taken off (layer norm, Ba et al., arXiv 1607.06450). weight, bias: shapes that broadcast to x. eps: None for the model's."""
     y = x.astype(jnp.float32)
     if c.norm == "layer":
         y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + c.norm_eps)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + (c.norm_eps if eps is None else eps))
     if c.norm_offset:  # such a weight is small beside the offset: it must not be rounded with it
         return (y * (c.norm_offset + weight.astype(jnp.float32))).astype(x.dtype)
     y = weight * y.astype(x.dtype)
@@ -33,6 +33,18 @@ def qk_norm(x: jax.Array, weight: jax.Array | None, c: ModelConfig) -> jax.Array
     if c.qk_norm == "full":
         return norm(x.reshape(x.shape[0], -1), weight, None, c).reshape(x.shape)
     return norm(x, weight if c.qk_norm == "head" else weight.reshape(x.shape[1:]), None, c)
+
+
+def unit_norm(x: jax.Array, c: ModelConfig) -> jax.Array:
+    """x [..., H] divided by the root of its mean square, computed in float32."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + c.norm_eps)).astype(x.dtype)
+
+
+def query_temperature(positions: jax.Array, c: ModelConfig) -> jax.Array:
+    """What queries [T, heads, H] at positions [T] of a layer without a rotation are multiplied by, float32 [T, 1, 1], so that attention
+    stays sharp in long contexts (Nakanishi, arXiv 2501.19399)."""
+    return (1 + c.query_scale * jnp.log1p(((positions + 1) // c.query_floor).astype(jnp.float32)))[:, None, None]
 
 
 def activate(x: jax.Array, c: ModelConfig) -> jax.Array:
@@ -59,7 +71,7 @@ def rope_frequencies(rope: Rope, head_dim: int, length: Any = None) -> Any:
         return (freq / rope.factor).astype(np.float32)
     if rope.kind == "llama3":
         turns = rope.original_max_position * freq / (2 * math.pi)
-        blend = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
+        blend = np.clip((turns - rope.low_freq_factor) / max(rope.high_freq_factor - rope.low_freq_factor, 1e-6), 0.0, 1.0)
         return ((1 - blend) * freq / rope.factor + blend * freq).astype(np.float32)
     if rope.kind == "yarn":
         keep = _yarn_keep(rope, dim)
@@ -100,16 +112,3 @@ def _rope_table(rope: Rope, head_dim: int, positions: jax.Array, reach: jax.Arra
     angle = positions.astype(jnp.float32)[:, None, None] * freq
     cos, sin = (f(angle) * np.float32(rope.attention_factor) for f in (jnp.cos, jnp.sin))
     return jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
-
-
-def rotate(x: jax.Array, rope: RopeTable | None) -> jax.Array:
-    """Rotary embedding of x [T, heads, H]: pair i of the first dim elements is elements i and i + dim/2. The halves change
-    places by a reversal, which XLA:CPU vectorises; a concatenation of them takes it five times as long."""
-    if rope is None:
-        return x
-    cos, sin = rope
-    dim = 2 * cos.shape[-1]
-    turned, rest = x[..., :dim], x[..., dim:]
-    halves = turned.astype(jnp.float32).reshape(*turned.shape[:-1], 2, -1)
-    turned = (halves * cos + jax.lax.rev(halves, (halves.ndim - 2,)) * sin).reshape(turned.shape).astype(x.dtype)
-    return turned if dim == x.shape[-1] else jnp.concatenate([turned, rest], axis=-1)

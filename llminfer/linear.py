@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,18 +17,28 @@ from llminfer.target import Target
 from pallas_kernels import matvec_gpu as gpu
 from pallas_kernels.add_norm_gpu import add_norm_gpu
 from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
-from pallas_kernels.quantized_matmul_gpu import quantized_matmul_gpu, run, tiles_for_rows
+from pallas_kernels.quantized_matmul_gpu import eight_bit_sums, quantized_matmul_gpu, run, tiles_for_rows
+from pallas_kernels.round_gpu import ACTIVATIONS, round_gpu
 from pallas_kernels.weight_formats import LANES
-from sharding.rules import partition
 
+FP8 = jnp.float8_e4m3fn
 Norm = tuple[jax.Array, jax.Array | None]  # weight and bias
 
 
 class Sum(NamedTuple):
-    """x [T, D] + y [T, D], or + all of y [parts, T, D], which what reads it adds up: together with its norm, on a GPU."""
+    """x [T, D] + y [T, D], or + all of y [parts, T, D], which what reads it adds up: together with its norm, on a GPU. by: what y [T, D], a
+    product of 8-bit numbers, has still to be multiplied by: ([T, 1], [1, D])."""
 
     x: jax.Array
     y: jax.Array
+    by: Any = None
+
+
+class Rounded(NamedTuple):
+    """Tokens in 8 bits, q [T, K] * amount [T, 1], for a GPU's products with weights of the same type."""
+
+    q: jax.Array
+    amount: jax.Array
 
 
 def linear(
@@ -40,31 +51,66 @@ def linear(
     before: Norm | None = None,
     act: bool = False,
     residual: jax.Array | None = None,
+    into: Any = None,
 ) -> Any:
     """residual + act(norm(x) @ w + bias) of x [T, in], each part if asked for: before, the norm's weights; act, the mlp's activation,
     of the first half times the second where the model's mlp is gated. On a GPU all of it is one kernel for one row; for others the residual
-    comes back as a Sum, to be given to `entered`."""
+    comes back as a Sum, to be given to `entered`, and what goes into weights that multiply 8-bit tokens (`into`) may come back Rounded."""
     plain = bias is None and (before is None or (c.norm == "rms" and before[1] is None)) and (residual is None or c.residual_scale == 1)
     gate = c.activation if act else None
     if plain and isinstance(w, Turned) and (not act or c.gated) and _one_row(x, w.w, target, gate):
         how: dict[str, Any] = {} if before is None else dict(norm=before[0], eps=c.norm_eps, offset=float(c.norm_offset))
         return gpu.matvec_gpu(x, w.w, **how, gate=gate, residual=residual, out=x.dtype, interpret=target.interpret)
     x = x if before is None else norm(x, before[0], before[1], c)
-    later = residual is not None and _sums_later(residual, c, target)
-    if residual is not None and later and bias is None and not act and isinstance(w, Turned):
+    if isinstance(w, QTensor) and (kind := _eight_bits(w, x, target)) is not None:
+        tokens = x if isinstance(x, Rounded) else Rounded(*round_gpu(x, kind, interpret=target.interpret))
+        sums, by = eight_bit_sums(*tokens, w.q, w.scale, interpret=target.interpret)
+        gated = act and c.gated and bias is None and gate in ACTIVATIONS and sums.ndim == 2
+        if gated and (kind := _eight_bits(into, x, target)) is not None:
+            return Rounded(*round_gpu(sums, kind, gate=gate, by=by, interpret=target.interpret))
+        if residual is not None and bias is None and not act and _sums_later(residual, c, target):
+            return Sum(residual, sums, by)
+        return _finish(scaled(sums, by), c, target, bias=bias, act=act, residual=residual)
+    if residual is not None and bias is None and not act and isinstance(w, Turned) and _sums_later(residual, c, target):
         parts = _parts(x, w.w, target)
         if parts is not None:
             return Sum(residual, parts)
-    y = matmul(x, w, target)
+    return _finish(matmul(x, w, target), c, target, bias=bias, act=act, residual=residual)
+
+
+def _finish(y: jax.Array, c: ModelConfig, target: Target, *, bias: Any, act: bool, residual: Any) -> Any:
+    """What `linear` does after its product."""
     y = y if bias is None else y + bias
     if act and c.gated:
-        left, right = jnp.split(y, 2, axis=-1)
-        y = activate(left, c) * right
+        left, right = _halves(y, target)
+        y = (activate(left, c) * right).reshape(y.shape[0], -1)
     elif act:
         y = activate(y, c)
     if residual is None:
         return y
-    return Sum(residual, y) if later else add(residual, y, c)
+    return Sum(residual, y) if _sums_later(residual, c, target) else add(residual, y, c)
+
+
+def scaled(sums: jax.Array, by: Any) -> jax.Array:
+    """A product as eight_bit_sums gives it, or parts of one to be added up, in bfloat16."""
+    if by is None:
+        return sums if sums.ndim == 2 else sums.sum(0).astype(jnp.bfloat16)
+    return (sums.astype(jnp.float32) * by[0] * by[1]).astype(jnp.bfloat16)
+
+
+def _eight_bits(w: Any, x: Any, target: Target) -> Any:
+    """The type to which a GPU rounds tokens x for weights w, None for no rounding."""
+    whole = isinstance(w, QTensor) and w.turned and w.by_token and target.mesh is None
+    return w.q.dtype if whole and (isinstance(x, Rounded) or x.dtype == jnp.bfloat16) else None
+
+
+def _halves(y: jax.Array, target: Target) -> tuple[jax.Array, jax.Array]:
+    """Gate and up of [T, 2 * F], [T, F] or, where a mesh splits them, [T, parts, F / parts] each; see arrange.Halves."""
+    if (parts := target.ways("mlp")) == 1:
+        left, right = jnp.split(y, 2, axis=-1)
+        return left, right
+    both = y.reshape(y.shape[0], parts, 2, -1)
+    return both[:, :, 0], both[:, :, 1]
 
 
 def _sums_later(x: jax.Array, c: ModelConfig, target: Target) -> bool:
@@ -72,15 +118,18 @@ def _sums_later(x: jax.Array, c: ModelConfig, target: Target) -> bool:
     return own and c.norm == "rms" and not c.norm_bias and c.residual_scale == 1
 
 
-def entered(x: Any, before: Norm | None, c: ModelConfig, target: Target) -> tuple[jax.Array, jax.Array, Norm | None]:
+def entered(x: Any, before: Norm | None, c: ModelConfig, target: Target, into: Any = None) -> tuple[jax.Array, Any, Norm | None]:
     """What goes into attention or mlp of a stream x, an array or a Sum: (x as an array, what is read of it, the norm that this still
-    needs)."""
+    needs). into: the weights that read it."""
     if not isinstance(x, Sum):
         return x, x, before
     if before is None:
-        total = x.x + (x.y if x.y.ndim == 2 else x.y.sum(0).astype(x.x.dtype))
+        total = x.x + scaled(x.y, x.by)
         return total, total, None
-    return *add_norm_gpu(x.x, x.y, before[0], eps=c.norm_eps, offset=float(c.norm_offset), interpret=target.interpret), None
+    kind = _eight_bits(into, x.x, target)
+    how: dict[str, Any] = dict(eps=c.norm_eps, offset=float(c.norm_offset), interpret=target.interpret)
+    total, normed = add_norm_gpu(x.x, x.y, before[0], **how, kind=kind, by=x.by)
+    return total, normed if kind is None else Rounded(*normed), None
 
 
 def add(x: jax.Array, y: jax.Array, c: ModelConfig) -> jax.Array:
@@ -111,13 +160,16 @@ def matmul(x: jax.Array, w: Any, target: Target, out: Any = None) -> jax.Array:
         y = lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
         return y.astype(out or x.dtype)
     whole, layer = stack_of(w)
+    if whole.by_token and whole.q.dtype == FP8 and not whole.turned:  # no product of fp8 alone: the rounded numbers as they are
+        q, amount = quantize_rows(x, FP8)
+        x, whole = (q.astype(jnp.float32) * amount).astype(x.dtype), replace(whole, by_token=False)
     if not whole.turned:  # whose product has the type of x
         x = x.astype(out or x.dtype)
     if whole.turned or target.body != "reference":
         kernel = functools.partial(_turned_product, out=out) if whole.turned else _by_kernel
         product = functools.partial(kernel, by_token=whole.by_token, target=target)
-        return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target.mesh)
-    if target.platform == "cpu" and whole.scale.shape[-2] == 1:
+        return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target)
+    if target.platform == "cpu" and whole.scale.shape[-2] == 1 and whole.q.dtype == jnp.int8:
         return _int8_on_cpu(x, w if isinstance(w, QTensor) else jax.tree.map(lambda leaf: leaf[layer], whole))
     return quantized_matmul_reference(x, whole.q, whole.scale, layer=layer, quantize_x=whole.by_token)
 
@@ -161,10 +213,10 @@ def _by_kernel(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *
     return quantized_matmul(x, q, scale, layer=layer, quantize_x=by_token, chip=target.chip, impl=target.kernels)
 
 
-def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, target: Target) -> jax.Array:
     """The product with w split over the mesh as its axes say, since a kernel is not split by XLA: columns give columns, and what rows
     give is added up. With by_token each part of a row has a scale of its own."""
-    rows, columns = (axis for axis in partition(w.axes))
+    rows, columns = target.partition(w.axes)
     many = w.scale.shape[1] > 1
 
     def body(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array) -> jax.Array:
@@ -174,7 +226,7 @@ def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, mesh: j
     spec = jax.sharding.PartitionSpec
     stored = (columns, rows) if w.turned else (rows, columns)
     specs = (spec(None, rows), spec(None, *stored), spec(None, rows if many else None, columns), spec())
-    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=spec(None, columns), check_vma=False)(x, w.q, w.scale, layer)
+    return jax.shard_map(body, mesh=target.mesh, in_specs=specs, out_specs=spec(None, columns), check_vma=False)(x, w.q, w.scale, layer)
 
 
 def _int8_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:

@@ -9,17 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llminfer import moe
+from llminfer import latent, moe
 from llminfer.batch import Batch
 from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
-from llminfer.layers import norm, qk_norm, rope_tables, rotate, softcap
+from llminfer.layers import norm, qk_norm, query_temperature, rope_tables, softcap, unit_norm
 from llminfer.linear import Norm, add, entered, head_product, linear
 from llminfer.params import Layer, Params
 from llminfer.quant import QTensor, Stacked
 from llminfer.target import Target
 from pallas_kernels.paged_attention import paged_attention
-from sharding.rules import partition
+from pallas_kernels.rope import rotate
 
 
 def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, q_max: int) -> tuple[jax.Array, KVCache]:
@@ -29,10 +29,11 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
     ropes = _ropes(batch, c)
     layer = functools.partial(run_layer, batch=batch, ropes=ropes, c=c, target=target, q_max=q_max)
     groups: list[Any] = list(cache.groups)
-    if params.stacked:
-        x, groups = _run_stacked(params.stacked, x, groups, layer, c)
-    done = c.num_layers - len(params.listed)
-    for number, weights in enumerate(params.listed, start=done):
+    scanned = c.scanned if params.stacked else range(0)
+    numbers = [number for number in range(c.num_layers) if number not in scanned]
+    for at, (number, weights) in enumerate(zip(numbers, params.listed, strict=True)):
+        if params.stacked and at == params.leading:
+            x, groups = _run_stacked(params.stacked, x, groups, layer, c)
         group = c.groups.index(c.window(number))
         place = c.group_layers(group).index(number)
         kind = (group, c.rope(number))
@@ -41,6 +42,8 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
         else:  # listed cache: one array a layer
             x, own = layer(weights, x, groups[group][place], jnp.int32(0), kind=kind)
             groups[group] = (*groups[group][:place], own, *groups[group][place + 1 :])
+    if params.stacked and params.leading == len(params.listed):
+        x, groups = _run_stacked(params.stacked, x, groups, layer, c)
     with jax.named_scope("final_norm"):
         _, y, before = entered(x, (params.final_norm, params.final_norm_bias), c, target)
         return norm(y, before[0], before[1], c) if before else y, KVCache(tuple(groups))
@@ -70,20 +73,22 @@ def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], la
     """The repeats of the layer pattern under one scan. The caches ride in the carry, whole: a kernel picks its layer. So do weights that
     a kernel takes; XLA's own products take slices without a copy."""
     period = len(stacked)
-    by_kernel = lambda name, leaf: isinstance(leaf, QTensor) or name in ("experts_gate_up", "experts_down")
+    by_kernel = lambda name, leaf: isinstance(leaf, QTensor) or name.startswith("experts_")
     whole = [{name: leaf for name, leaf in vars(w).items() if leaf is not None and by_kernel(name, leaf)} for w in stacked]
     sliced = tuple(replace(w, **dict.fromkeys(kept)) for w, kept in zip(stacked, whole, strict=True))
-    windows = [c.groups.index(c.window(place)) for place in range(period)]
+    first = c.scanned.start
+    windows = [c.groups.index(c.window(first + place)) for place in range(period)]
     share = [windows.count(group) for group in range(len(groups))]  # layers of each group in one pattern
+    before = [sum(number < first for number in c.group_layers(group)) for group in range(len(groups))]
 
     def body(carry, xs):
         x, caches = carry
         repeat, weights = xs
         for place in range(period):
             group = windows[place]
-            index = repeat * share[group] + windows[:place].count(group)
+            index = before[group] + repeat * share[group] + windows[:place].count(group)
             w = replace(weights[place], **{name: Stacked(leaf, repeat) for name, leaf in whole[place].items()})
-            x, own = layer(w, x, caches[group], index, kind=(group, c.rope(place)))
+            x, own = layer(w, x, caches[group], index, kind=(group, c.rope(first + place)))
             caches = (*caches[:group], own, *caches[group + 1 :])
         return (x, caches), None
 
@@ -96,16 +101,16 @@ def _run_stacked(stacked: tuple[Layer, ...], x: jax.Array, groups: list[Any], la
 def run_layer(w: Layer, x, kv, index, *, batch: Batch, ropes, c: ModelConfig, target: Target, q_max: int, kind: tuple[int, int]):
     """One decoder layer on x [T, D]; `index` is the layer's place in kv; kind: its page group, and which of ropes it uses (-1:
     none). An inner jit: equal layers trace once."""
-    group, rope = kind
+    rope = kind[1]
     with jax.named_scope("attention"):
-        turns = [functools.partial(rotate, rope=table) for table in (ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None))]
-        x, *read = entered(x, _attn_norm(w, c), c, target)
-        attended, kv = _attention(w, (x, *read), kv, index, turns, batch, c, target, q_max, group)
+        turns = ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None)
+        x, *read = entered(x, _attn_norm(w, c), c, target, w.qkv)
+        attended, kv = _attention(w, (x, *read), kv, index, turns, batch, c, target, q_max, kind)
     if not c.parallel:
         x = add(x, norm(attended, w.attn_post_norm, None, c), c) if c.post_norm else attended
     with jax.named_scope("mlp"):
         own = _attn_norm(w, c) if c.shared_norm or not c.pre_norm else (w.mlp_norm, w.mlp_norm_bias)
-        x, y, before = entered(x, own, c, target)
+        x, y, before = entered(x, own, c, target, w.gate_up)
         if w.router is None:
             y = _mlp(y, before, w.gate_up, w.down, w, c, target, x if _just_added(c) else None)
         else:
@@ -126,14 +131,14 @@ def _just_added(c: ModelConfig) -> bool:
 
 
 def _mlp(x: jax.Array, before: Norm | None, gate_up: Any, down: Any, w: Layer, c: ModelConfig, target: Target, residual: Any = None):
-    y = linear(x, gate_up, c, target, bias=w.gate_up_bias, before=before, act=True)
+    y = linear(x, gate_up, c, target, bias=w.gate_up_bias, before=before, act=True, into=down if w.down_bias is None else None)
     return linear(y, down, c, target, bias=w.down_bias, residual=residual)
 
 
 def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
     """What the experts of each token give, and those that all tokens share."""
     x = x if before is None else norm(x, before[0], before[1], c)
-    y = moe.experts(x, owned(batch), w.router, w.experts_gate_up, w.experts_down, c, target)
+    y = moe.experts(x, owned(batch), w, c, target)
     if w.shared_gate_up is None:
         return y
     shared = _mlp(x, None, w.shared_gate_up, w.shared_down, w, c, target)
@@ -150,41 +155,70 @@ def owned(batch: Batch) -> jax.Array:
     return ((row >= batch.q_start) & (row < batch.q_start + batch.q_len)).any(1)
 
 
-def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, target: Target, q_max: int, group: int):
+def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, target: Target, q_max: int, kind: tuple[int, int]):
     """Attention with its projections, the norm before them, and the addition of the stream where that is all that follows; ([T, D], kv).
-    entry: what `entered` gave. turns: the rotation, and that of queries for the sinks."""
+    entry: what `entered` gave. turns: the rope table, and that of queries for the sinks."""
     x, y, before = entry
-    tokens, heads, kv_heads, dim = x.shape[0], c.num_heads, c.num_kv_heads, c.head_dim
-    y = linear(y, w.qkv, c, target, bias=w.qkv_bias, before=before).reshape(tokens, kv_heads, heads // kv_heads + 2, dim)
-    q, k, v = y[:, :, :-2].reshape(tokens, heads, dim), y[:, :, -2], y[:, :, -1]
-    q, k = qk_norm(q, w.q_norm, c), turns[0](qk_norm(k, w.k_norm, c))
-    sinks: dict[str, Any] = {"q_sinks": turns[1](q)} if c.sinks[group] else {}
-    q = turns[0](q)
-    scale = dim**-0.5 if c.attn_scale is None else c.attn_scale
+    group, rope = kind
+    project = latent.project if c.kv_rank else _projected if _taken_apart_later(c, target, group) else _project
+    q, k, v, rest = project(w, y, before, turns if c.sinks[group] else turns[:1], c, target)
+    if c.qk_norm == "unit" and rope >= 0:
+        q, k = unit_norm(q, c), unit_norm(k, c)
+    if c.query_floor and rope < 0:
+        q = (q * query_temperature(batch.positions, c)).astype(q.dtype)
+    scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
     asked = dict(scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, debug=target.debug, chip=target.chip)
+    # In a context of one chunk no token sees another chunk: it is a window, which kernels have.
+    page_size = jax.tree.leaves(kv)[0].shape[3]
+    asked |= dict(value_dim=c.kv_rank or None, chunked=c.chunked and 0 < c.groups[group] < batch.tables[group].shape[1] * page_size)
     attend = functools.partial(paged_attention, **asked, impl=target.kernels)
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
-        attend = _by_heads(attend, target.mesh)
+        attend = _by_heads(attend, c, target)
     rows: dict[str, Any] = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
-    rows |= dict(layer=index, window=jnp.int32(c.groups[group]), **sinks)
+    rows |= dict(layer=index, window=jnp.int32(c.groups[group]), **rest)
+    rows |= {} if w.sink_logits is None else dict(sink_logits=w.sink_logits)
     if isinstance(kv, ScaledPages):
         y, *kv = attend(q, k, v, kv.pages, kv_scale=kv.scale, **rows)
         kv = ScaledPages(*kv)
     else:
         y, kv = attend(q, k, v, kv, **rows)
-    return linear(y.reshape(tokens, heads * dim), w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None), kv
+    y = latent.values(y, w, c) if c.kv_rank else y
+    return linear(y.reshape(x.shape[0], -1), w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None), kv
 
 
-def _by_heads(attend: Any, mesh: jax.sharding.Mesh) -> Any:
-    """paged_attention with heads and cache split over the mesh axis of kv heads, all else on every device."""
-    new, cache = partition((None, "kv_heads", None)), partition((None, None, "kv_heads", None, None))
+def _project(w: Layer, y, before: Norm | None, turns, c: ModelConfig, target: Target) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """(q [T, heads, H], k and v [T, kv heads, H], and queries for the sinks where turns has their rope table too)."""
+    heads, kv_heads, dim = c.num_heads, c.num_kv_heads, c.head_dim
+    y = linear(y, w.qkv, c, target, bias=w.qkv_bias, before=before)
+    y = y.reshape(y.shape[0], kv_heads, heads // kv_heads + 2, dim)
+    q, k, v = y[:, :, :-2].reshape(y.shape[0], heads, dim), y[:, :, -2], y[:, :, -1]
+    q, k = qk_norm(q, w.q_norm, c), rotate(qk_norm(k, w.k_norm, c), turns[0])
+    return rotate(q, turns[0]), k, v, {"q_sinks": rotate(q, turns[1])} if turns[1:] else {}
+
+
+def _projected(w: Layer, y, before: Norm | None, turns, c: ModelConfig, target: Target) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The same for a GPU, whose attention takes queries, keys and values apart and rotates them itself."""
+    y = linear(y, w.qkv, c, target, bias=w.qkv_bias, before=before)
+    return y.reshape(y.shape[0], c.num_kv_heads, -1, c.head_dim), None, None, {"rope": turns[0]}
+
+
+def _taken_apart_later(c: ModelConfig, target: Target, group: int) -> bool:
+    return target.turned and target.mesh is None and not (c.qk_norm or c.query_floor or c.chunked or c.sinks[group])
+
+
+def _by_heads(attend: Any, c: ModelConfig, target: Target) -> Any:
+    """paged_attention with heads and cache split over the mesh axes of kv heads, all else on every device. The one head of a latent cache
+    is on every device too: each writes the same row to its own."""
+    axis, partition = None if c.kv_rank else "kv_heads", target.partition
+    queries, new, cache = partition((None, "heads", None)), partition((None, axis, None)), partition((None, None, axis, None, None))
 
     def split(q, k, v, kv, **rows):
-        own = {"q_sinks": new, "kv_scale": partition((None, None, "kv_heads"))}
+        own = {"q_sinks": queries, "sink_logits": partition(("heads",)), "kv_scale": partition((None, None, axis))}
         each = {name: own.get(name, partition(())) for name in rows}
-        found = (new, cache, *([own["kv_scale"]] if "kv_scale" in rows else []))
+        found = (queries, cache, *([own["kv_scale"]] if "kv_scale" in rows else []))
         body = lambda q, k, v, kv, rows: attend(q, k, v, kv, **rows)
-        return jax.shard_map(body, mesh=mesh, in_specs=(new, new, new, cache, each), out_specs=found, check_vma=False)(q, k, v, kv, rows)
+        specs = (queries, new, None if v is None else new, cache, each)
+        return jax.shard_map(body, mesh=target.mesh, in_specs=specs, out_specs=found, check_vma=False)(q, k, v, kv, rows)
 
     return split
 

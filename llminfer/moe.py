@@ -14,65 +14,175 @@ import jax.numpy as jnp
 from jax import lax
 
 from llminfer.config import ModelConfig
+from llminfer.params import Layer
 from llminfer.quant import QTensor, stack_of
 from llminfer.target import Target
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.weight_formats import LANES
-from sharding.rules import partition
 
-ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu"}  # of ModelConfig -> of grouped_matmul
-
-
-def route(x: jax.Array, router: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """(weights float32, expert numbers int32), both [T, experts_per_token], of x [T, D] by router [D, E]. Scores are float32."""
-    scores = jax.nn.softmax(jnp.dot(x, router, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32), axis=-1)
-    weights, chosen = lax.top_k(scores, c.experts_per_token)
-    return weights / weights.sum(-1, keepdims=True) if c.norm_topk else weights, chosen
+ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu", "clamped": "clamped"}  # of ModelConfig -> of grouped_matmul
 
 
-def experts(x: jax.Array, live: jax.Array, router: jax.Array, gate_up: Any, down: Any, c: ModelConfig, target: Target) -> jax.Array:
+def route(x: jax.Array, router: jax.Array, bias: jax.Array | None, c: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """(weights float32, expert numbers int32), both [T, experts_per_token], of x [T, D] by router [D, E] and bias [E]. Scores are
+    float32. gpt-oss's softmax over the chosen alone is that over all, divided by the sum of the chosen (norm_topk)."""
+    logits = jnp.dot(x, router, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    wide = 0.0 if bias is None else bias.astype(jnp.float32)
+    logits = logits + wide if c.router_bias == "logits" else logits
+    scores = jax.nn.softmax(logits, axis=-1) if c.router == "softmax" else jax.nn.sigmoid(logits)
+    ranked = _in_best_groups(scores + wide if c.router_bias == "choice" else scores, c)
+    weights, chosen = lax.top_k(ranked, c.experts_per_token)
+    if ranked is not scores:
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    weights = weights / weights.sum(-1, keepdims=True) if c.norm_topk else weights
+    return weights if c.routed_scale == 1 else weights * c.routed_scale, chosen
+
+
+def _in_best_groups(scores: jax.Array, c: ModelConfig) -> jax.Array:
+    """scores [T, E] with -inf for experts of groups that are not among the best, by the sum of a group's two largest."""
+    if c.router_groups_used == c.router_groups:
+        return scores
+    grouped = scores.reshape(len(scores), c.router_groups, -1)
+    _, best = lax.top_k(lax.top_k(grouped, 2)[0].sum(-1), c.router_groups_used)
+    used = (best[:, :, None] == jnp.arange(c.router_groups)).any(1)
+    return jnp.where(used[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
+
+
+def experts(x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target) -> jax.Array:
     """The weighted sum of what its experts make of each token, [T, D] of x's dtype; zeros where live [T] is False.
 
-    gate_up [E, D, 2 * M], down [E, M, D]: an array, a QTensor, or either Stacked. A mesh splits the experts: each device works on the
-    tokens of its own, and the sums are added up."""
-    weights, chosen = route(x, router, c)
+    Of a layer's weights, experts_gate_up [E, D, 2 * M] and experts_down [E, M, D] are an array, a QTensor, or either Stacked, as their
+    biases may be. A mesh splits the experts, and the columns of each: a device works on all tokens of its own experts, and the sums are
+    added up; or, where `_exchanges` says so, each device has a share of the tokens, sends them to where their experts are, and gets them
+    back."""
+    weights, chosen = route(x, w.router, w.router_bias, c)
     chosen = jnp.where(live[:, None], chosen, c.num_experts)
     weights = jnp.where(live[:, None], weights, 0)  # what such a row holds may be no number
-    (gate_up, layer), (down, _) = stack_of(gate_up), stack_of(down)
+    stacks = [stack_of(leaf) for leaf in (w.experts_gate_up, w.experts_down, w.experts_gate_up_bias, w.experts_down_bias)]
+    held, layer = [stack for stack, _ in stacks], stacks[0][1]
     body = functools.partial(_own_experts, c=c, target=target)
-    axis = partition(("experts",))[0]
     if target.mesh is None:
-        return body(x, weights, chosen, gate_up, down, layer, jnp.int32(0))
-    every, split = partition(()), jax.tree.map(lambda leaf: partition((None, "experts", *(None,) * (leaf.ndim - 2))), (gate_up, down))
+        return body(x, weights, chosen, held, layer, jnp.int32(0))
+    over, columns = target.over("experts"), target.over("expert_mlp")
+    every = rows = target.partition(())
+    exchange = _exchanges(x.shape[0], c, target)
+    if exchange:
+        body, rows = functools.partial(_exchanged, c=c, target=target), jax.sharding.PartitionSpec(over)
 
-    def shard(x: jax.Array, weights: jax.Array, chosen: jax.Array, gate_up: Any, down: Any, layer: jax.Array) -> jax.Array:
-        first = lax.axis_index(axis) * jax.tree.leaves(gate_up)[0].shape[1]
-        return lax.psum(body(x, weights, chosen, gate_up, down, layer, first), axis)
+    def shard(x: jax.Array, weights: jax.Array, chosen: jax.Array, held: list[Any], layer: jax.Array) -> jax.Array:
+        first = lax.axis_index(over) * jax.tree.leaves(held)[0].shape[1] if over else jnp.int32(0)
+        if held[3] is not None and columns:  # what is added to a sum over the columns of experts is added once
+            held = [*held[:3], jnp.where(lax.axis_index(columns) == 0, held[3], 0)]
+        return lax.psum(body(x, weights, chosen, held, layer, first), columns if exchange else (*over, *columns))
 
-    specs = (every, every, every, *split, every)
-    return jax.shard_map(shard, mesh=target.mesh, in_specs=specs, out_specs=every, check_vma=False)(
-        x, weights, chosen, gate_up, down, layer
-    )
+    specs: Any = dict(in_specs=(rows, rows, rows, _split(held, target), every), out_specs=rows)
+    return jax.shard_map(shard, mesh=target.mesh, **specs, check_vma=False)(x, weights, chosen, held, layer)
 
 
-def _own_experts(x, weights, chosen, gate_up: Any, down: Any, layer, first, *, c: ModelConfig, target: Target) -> jax.Array:
-    """`experts` of those from number `first` on whose weights these are, [layers, own experts, ...]."""
+def _split(held: list[Any], target: Target) -> list[Any]:
+    """PartitionSpecs of experts' matrices and biases [layers, E, ...]. A scale of all rows is on every device that has some of them."""
+    gate_up, down, gate_up_bias, down_bias = held
+
+    def matrix(w: Any, rows: str, columns: str) -> Any:
+        turned = isinstance(w, QTensor) and w.turned
+        last = lambda leaf, n: (columns, n) if turned and leaf.dtype.itemsize == 1 else (n, columns)
+        many = lambda leaf: rows if leaf.shape[2] > 1 else None
+        return jax.tree.map(lambda leaf: target.partition((None, "experts", *last(leaf, many(leaf)))), w)
+
+    bias = lambda leaf, columns: None if leaf is None else target.partition((None, "experts", columns))
+    matrices = [matrix(gate_up, "embed", "expert_mlp"), matrix(down, "expert_mlp", "embed")]
+    return [*matrices, bias(gate_up_bias, "expert_mlp"), bias(down_bias, "embed")]
+
+
+def _own_experts(x, weights, chosen, held: list[Any], layer, first, *, c: ModelConfig, target: Target) -> jax.Array:
+    """`experts` of those from number `first` on of which `held` has the matrices and biases, [layers, own experts, ...]."""
+    gate_up, down, gate_up_bias, down_bias = held
     own, each = jax.tree.leaves(gate_up)[0].shape[1], c.experts_per_token
     number = jnp.where(chosen < c.num_experts, chosen - first, own).reshape(-1)  # among the own ones
     number = jnp.where((number >= 0) & (number < own), number, own)
     sizes = jnp.sum(number[:, None] == jnp.arange(own), axis=0, dtype=jnp.int32)
     order = jnp.argsort(number, stable=True)  # rows of others come last, and belong to no group
-    y = _product(x[order // each], gate_up, sizes, layer, ACTIVATIONS[c.activation], target)
-    y = _product(y, down, sizes, layer, None, target)
+    sorted_x = x[order // each]
+    if c.scale_inputs:
+        sorted_x, weights = sorted_x * weights.reshape(-1)[order][:, None].astype(x.dtype), jnp.ones_like(weights)
+    y = _product(sorted_x, gate_up, gate_up_bias, sizes, layer, ACTIVATIONS[c.activation], target)
+    y = _product(y, down, down_bias, sizes, layer, None, target)
     back = y[jnp.argsort(order)].reshape(*chosen.shape, -1)
     return jnp.einsum("tke,tk->te", back.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST).astype(x.dtype)
 
 
-def _product(x: jax.Array, w: Any, sizes: jax.Array, layer: jax.Array, activation: str | None, target: Target) -> jax.Array:
+def _exchanges(tokens: int, c: ModelConfig, target: Target) -> bool:
+    """Whether tokens are sent to their experts. All of them are on every device: a sum over n devices moves each 2 * (n - 1) / n times,
+    an exchange k / n times there and back, and once more to where it is wanted."""
+    ways = target.ways("experts")
+    return bool(target.exchange) and ways > 2 * c.experts_per_token and tokens % ways == 0
+
+
+def _exchanged(x, weights, chosen, held: list[Any], layer, first, *, c: ModelConfig, target: Target) -> jax.Array:
+    """`experts` of this device's share of the tokens [T / n, D]. There is room for all tokens of a device to want one other's experts."""
+    del first
+    gate_up, down, gate_up_bias, down_bias = held
+    own, each, ways = jax.tree.leaves(gate_up)[0].shape[1], c.experts_per_token, target.ways("experts")
+    number, room = chosen.reshape(-1), x.shape[0] * min(each, jax.tree.leaves(gate_up)[0].shape[1])
+    order = jnp.argsort(number, stable=True)  # by device, there by expert; rows of nobody last
+    sizes = jnp.sum(number[:, None] == jnp.arange(c.num_experts), axis=0, dtype=jnp.int32).reshape(ways, own)
+    count = sizes.sum(1)
+    starts = jnp.cumsum(count) - count
+    told = lax.all_to_all(jnp.concatenate([sizes, starts[:, None]], 1), target.over("experts"), 0, 0, tiled=True)
+    theirs, wanted_at = told[:, :own], told[:, own]  # rows of each device for each expert here, and where it wants them back
+    send, give_back = _ragged(target, room) if target.exchange == "ragged" else _padded(target, room, own)
+    sorted_x = x[order // each]
+    if c.scale_inputs:
+        sorted_x, weights = sorted_x * weights.reshape(-1)[order][:, None].astype(x.dtype), jnp.ones_like(weights)
+    came = send(sorted_x, starts, count, theirs.sum(1))
+    expert = jnp.sum(jnp.arange(room)[:, None] >= jnp.cumsum(theirs, 1)[:, None], axis=-1).reshape(-1)  # `own` behind the last
+    by_expert = jnp.argsort(expert, stable=True)
+    y = _product(came[by_expert], gate_up, gate_up_bias, theirs.sum(0), layer, ACTIVATIONS[c.activation], target)
+    y = _product(y, down, down_bias, theirs.sum(0), layer, None, target)
+    y = give_back(y[jnp.argsort(by_expert)], number[order], starts, count, theirs.sum(1), wanted_at)
+    back = y[jnp.argsort(order)].reshape(*chosen.shape, -1)
+    return jnp.einsum("tke,tk->te", back.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST).astype(x.dtype)
+
+
+def _ragged(target: Target, room: int) -> tuple[Any, Any]:
+    """Rows to their experts' devices and back: as many as there are. What comes from device s lies from row s * room on."""
+    (axis,), ways = target.over("experts"), target.ways("experts")
+    at = jnp.arange(ways, dtype=jnp.int32) * room
+
+    def send(rows, starts, count, coming):
+        there = jnp.full(ways, lax.axis_index(axis) * room, jnp.int32)
+        out = jnp.zeros((ways * room, rows.shape[1]), rows.dtype)
+        return lax.ragged_all_to_all(rows, out, starts, count, there, coming, axis_name=axis)
+
+    def give_back(y, numbers, starts, count, coming, wanted_at):
+        out = jnp.zeros((numbers.shape[0], y.shape[1]), y.dtype)
+        return lax.ragged_all_to_all(y, out, at, coming, wanted_at, count, axis_name=axis)
+
+    return send, give_back
+
+
+def _padded(target: Target, room: int, own: int) -> tuple[Any, Any]:
+    """As _ragged, where XLA has no such exchange (a CPU): `room` rows between any two devices."""
+    over, ways = target.over("experts"), target.ways("experts")
+    exchange = lambda rows: lax.all_to_all(rows.reshape(ways, room, -1), over, 0, 0, tiled=True)
+
+    def send(rows, starts, count, coming):
+        return exchange(rows[jnp.minimum(starts[:, None] + jnp.arange(room), rows.shape[0] - 1)]).reshape(ways * room, -1)
+
+    def give_back(y, numbers, starts, count, coming, wanted_at):
+        device = jnp.minimum(numbers // own, ways - 1)
+        found = exchange(y)[device, jnp.clip(jnp.arange(numbers.shape[0]) - starts[device], 0, room - 1)]
+        return jnp.where((numbers < own * ways)[:, None], found, 0)  # rows of nobody are zeros
+
+    return send, give_back
+
+
+def _product(x: jax.Array, w: Any, bias: Any, sizes: jax.Array, layer: jax.Array, activation: str | None, target: Target) -> jax.Array:
     """grouped_matmul with a stack of experts' weights. Sizes that are no multiples of a register's lanes are left to the reference."""
-    q, scale = (w.q, w.scale) if isinstance(w, QTensor) else (w, None)
+    q, scale, turned = (w.q, w.scale, w.turned) if isinstance(w, QTensor) else (w, None, False)
     if scale is not None and scale.shape[2] == 1:
         scale = scale[:, :, 0]
-    inner, out = x.shape[1], q.shape[3] // (1 if activation is None else 2)
+    inner, out = x.shape[1], q.shape[2 if turned else 3] // (1 if activation is None else 2)
     impl = target.kernels if target.turned else target.body if inner % LANES == 0 and out % LANES == 0 else "reference"
-    return grouped_matmul(x, q, sizes, layer=layer, scale=scale, activation=activation, chip=target.chip, impl=impl)
+    how: dict[str, Any] = dict(activation=activation, turned=turned, chip=target.chip, impl=impl)
+    return grouped_matmul(x, q, sizes, layer=layer, scale=scale, bias=bias, **how)

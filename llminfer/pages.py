@@ -87,15 +87,9 @@ class Pages:
         of the prompt is always computed again, since its logits are wanted. A hit needs every page of the full groups
         and, of a sliding group, those that the next token still sees."""
         seq.pages = [[] for _ in self.groups]
-        if not self.prefix_cache:
-            return 0
-        known = (seq.length - 1) // self.page_size
+        tokens = self.found(seq)
+        known = tokens // self.page_size
         digests = self._digests(seq, known)
-        for group in (g for g in self.groups if not g.window):
-            known = next((i for i in range(known) if digests[i] not in group.page_of), known)
-        while known and not all(self._window_known(group, digests, known) for group in self.groups if group.window):
-            known -= 1
-        tokens = known * self.page_size
         for group, pages in zip(self.groups, seq.pages, strict=True):
             start = min(known, group.first_seen(tokens, self.page_size))
             kept = min(group.sinks, start)
@@ -106,6 +100,18 @@ class Pages:
                     group.share(page)
         seq.findable = known
         return tokens
+
+    def found(self, seq: Sequence) -> int:
+        """How many tokens of a new sequence `match` would find."""
+        if not self.prefix_cache:
+            return 0
+        known = (seq.length - 1) // self.page_size
+        digests = self._digests(seq, known)
+        for group in (g for g in self.groups if not g.window):
+            known = next((i for i in range(known) if digests[i] not in group.page_of), known)
+        while known and not all(self._window_known(group, digests, known) for group in self.groups if group.window):
+            known -= 1
+        return known * self.page_size
 
     def awaits(self, seq: Sequence, found: int) -> bool:
         """Whether the page after the first `found` tokens, cached already, is just being computed by another sequence."""

@@ -32,15 +32,30 @@ class Layer:
 
     qkv [D, K * (G + 2) * H]: for each kv head its G query heads, then its key, then its value, so that one split over
     K shards all three. gate_up [D, 2 * F]: the gate, then the up projection. Matrices are kept 2-D: a TPU pads the
-    last two axes to tiles, and a small axis there would waste memory."""
+    last two axes to tiles, and a small axis there would waste memory.
 
-    qkv: Any  # [D, K * (G + 2) * H]
-    o: Any  # [q, D]
+    Latent attention (ModelConfig.kv_rank) has in place of qkv: qkv_a, which makes the queries' latent (Q numbers, none without q_rank),
+    then what is cached, the latent (C) and the rotated part (R); q_b, N heads of H, whose last R are rotated; k_b and v_b, for each head
+    what makes its key (without the rotated part) and its value (V) of the latent, kept [.., C] both: queries are multiplied with k_b, not
+    keys. These two are not quantized."""
+
+    qkv: Any = None  # [D, K * (G + 2) * H]
+    o: Any = None  # [q, D], or [N * V, D]
+    qkv_a: Any = None  # [D, Q + C + R]
+    q_b: Any = None  # [Q, N * H], or [D, N * H]
+    k_b: Any = None  # [N, H - R, C]
+    v_b: Any = None  # [N, V, C]
+    q_a_norm: Any = None  # [Q]
+    kv_a_norm: Any = None  # [C]
+    qkv_a_bias: Any = None  # [Q + C + R]
     gate_up: Any = None  # [D, 2 * F], without a gate [D, F]
     down: Any = None  # [F, D]
     router: Any = None  # [D, E]
     experts_gate_up: Any = None  # [E, D, 2 * M]
     experts_down: Any = None  # [E, M, D]
+    router_bias: Any = None  # [E]
+    experts_gate_up_bias: Any = None  # [E, 2 * M]
+    experts_down_bias: Any = None  # [E, D]
     shared_gate_up: Any = None  # [D, 2 * S]
     shared_down: Any = None  # [S, D]
     shared_router: Any = None  # [D]
@@ -50,6 +65,7 @@ class Layer:
     mlp_post_norm: Any = None  # [D]
     q_norm: Any = None  # [H], or [q] for every head its own
     k_norm: Any = None  # [H], or [K * H]
+    sink_logits: Any = None  # [K * G]
     attn_norm_bias: Any = None  # [D]
     mlp_norm_bias: Any = None  # [D]
     qkv_bias: Any = None  # [K * (G + 2) * H]
@@ -60,9 +76,9 @@ class Layer:
 
 @flax.struct.dataclass
 class Params:
-    """All weights. `stacked`: one Layer a position of the layer pattern, each leaf [repeats, ...], run under a scan;
-    `listed`: the layers after those (all of them in the listed layout). lm_head is None when tied to embed,
-    unless it is quantized: then it is a QTensor of [D, V]."""
+    """All weights. `stacked`: one Layer a position of the layer pattern, each leaf [repeats, ...], run under a scan; `listed`: the layers
+    around those, the first `leading` of them before (all of them in the listed layout). lm_head is None when tied to embed, unless it
+    is quantized: then it is a QTensor of [D, V]."""
 
     embed: Any  # [V, D]
     stacked: tuple[Layer, ...]
@@ -71,6 +87,7 @@ class Params:
     lm_head: Any = None  # [V, D], or a QTensor
     positions: Any = None  # [max_position, D], where positions are learned
     final_norm_bias: Any = None  # [D]
+    leading: int = flax.struct.field(pytree_node=False, default=0)
 
 
 def layer_specs(c: ModelConfig, number: int) -> Layer:
@@ -79,10 +96,13 @@ def layer_specs(c: ModelConfig, number: int) -> Layer:
     deep, up = 0.02 / (2 * c.num_layers) ** 0.5, f * (2 if c.gated else 1)
     ones, zeros = (lambda n, axis, init=init: ParamSpec((n,), (axis,), init) for init in ("ones", "zeros"))
     norm = ones if not c.norm_offset else zeros
-    specs = dict(
-        qkv=ParamSpec((d, k * (g + 2) * h), ("embed", "kv_heads"), matrix=True),
-        o=ParamSpec((k * g * h, d), ("kv_heads", "embed"), std=deep, matrix=True),
-    )
+    if c.kv_rank:
+        specs = _latent_specs(c, deep)
+    else:
+        specs = dict(
+            qkv=ParamSpec((d, k * (g + 2) * h), ("embed", "kv_heads"), matrix=True),
+            o=ParamSpec((k * g * h, d), ("kv_heads", "embed"), std=deep, matrix=True),
+        )
     if c.has_experts(number):
         specs |= _expert_specs(c, deep)
     else:
@@ -93,17 +113,34 @@ def layer_specs(c: ModelConfig, number: int) -> Layer:
         specs[name] = norm(d, "embed")
     if c.norm_bias:
         specs |= {f"{name}_bias": zeros(d, "embed") for name in before}
-    if c.qk_norm:
+    if c.qk_norm not in ("", "unit"):
         alone = c.qk_norm == "head"
         specs["q_norm"] = norm(h, "head") if alone else norm(k * g * h, "kv_heads")
         specs["k_norm"] = norm(h, "head") if alone else norm(k * h, "kv_heads")
-    if c.qkv_bias:
+    if c.qkv_bias and c.kv_rank:
+        specs["qkv_a_bias"] = zeros(c.q_rank + c.row_dim, "latent")
+    elif c.qkv_bias:
         specs["qkv_bias"] = zeros(k * (g + 2) * h, "kv_heads")
     if c.o_bias:
         specs["o_bias"] = zeros(d, "embed")
+    if c.sink_logits:
+        specs["sink_logits"] = zeros(k * g, "kv_heads")
     if c.mlp_bias:
         specs |= {"gate_up_bias": zeros(up, "mlp"), "down_bias": zeros(d, "embed")}
     return Layer(**specs)
+
+
+def _latent_specs(c: ModelConfig, deep: float) -> dict[str, ParamSpec]:
+    d, n, h, rank, wide = c.hidden_size, c.num_heads, c.head_dim, c.kv_rank, c.value_dim
+    specs = dict(
+        qkv_a=ParamSpec((d, c.q_rank + c.row_dim), ("embed", "latent"), matrix=True),
+        q_b=ParamSpec((c.q_rank or d, n * h), ("latent", "heads"), matrix=True),
+        k_b=ParamSpec((n, h - c.rope_head_dim, rank), ("heads", "head", "latent")),
+        v_b=ParamSpec((n, wide, rank), ("heads", "head", "latent")),
+        o=ParamSpec((n * wide, d), ("heads", "embed"), std=deep, matrix=True),
+        kv_a_norm=ParamSpec((rank,), ("latent",), "ones"),
+    )
+    return specs | ({"q_a_norm": ParamSpec((c.q_rank,), ("latent",), "ones")} if c.q_rank else {})
 
 
 def _expert_specs(c: ModelConfig, deep: float) -> dict[str, ParamSpec]:
@@ -113,6 +150,11 @@ def _expert_specs(c: ModelConfig, deep: float) -> dict[str, ParamSpec]:
         experts_gate_up=ParamSpec((e, d, 2 * m), ("experts", "embed", "expert_mlp"), matrix=True),
         experts_down=ParamSpec((e, m, d), ("experts", "expert_mlp", "embed"), std=deep, matrix=True),
     )
+    if c.router_bias:
+        specs["router_bias"] = ParamSpec((e,), ("router",), "zeros")
+    if c.expert_bias:
+        specs["experts_gate_up_bias"] = ParamSpec((e, 2 * m), ("experts", "expert_mlp"), "zeros")
+        specs["experts_down_bias"] = ParamSpec((e, d), ("experts", "embed"), "zeros")
     if s:
         specs["shared_gate_up"] = ParamSpec((d, 2 * s), ("embed", "mlp"), matrix=True)
         specs["shared_down"] = ParamSpec((s, d), ("mlp", "embed"), std=deep, matrix=True)
@@ -141,20 +183,24 @@ def is_spec(x: Any) -> bool:
 
 def stack(params: Params, c: ModelConfig) -> Params:
     """The stacked layout of a listed tree: layers of one place in the layer pattern become one Layer of leaves
-    [repeats, ...]; layers after the last whole pattern stay listed. Works on arrays, NumPy or jax."""
-    period, repeats = c.period, c.num_layers // c.period
-    whole = params.listed[: repeats * period]
-    stacked = tuple(jax.tree.map(lambda *xs: jnp.stack(xs), *whole[place::period]) for place in range(period))
-    return replace(params, stacked=stacked, listed=params.listed[repeats * period :])
+    [repeats, ...]; layers before and after whole patterns stay listed. Works on arrays, NumPy or jax."""
+    whole, around = _scanned(params.listed, c)
+    stacked = tuple(jax.tree.map(lambda *xs: jnp.stack(xs), *whole[place :: c.period]) for place in range(c.period))
+    return replace(params, stacked=stacked, listed=around, leading=c.scanned.start)
+
+
+def _scanned(listed: tuple[Layer, ...], c: ModelConfig) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
+    first, end = c.scanned.start, c.scanned.stop
+    return listed[first:end], listed[:first] + listed[end:]
 
 
 def stacked_specs(c: ModelConfig) -> Params:
     """The ParamSpecs of the stacked layout."""
     specs = param_specs(c)
-    period, repeats = c.period, c.num_layers // c.period
-    deep = lambda s: ParamSpec((repeats, *s.shape), ("layers", *s.axes), s.init, s.std, s.matrix)
-    stacked = tuple(jax.tree.map(deep, layer, is_leaf=is_spec) for layer in specs.listed[:period])
-    return replace(specs, stacked=stacked, listed=specs.listed[repeats * period :])
+    whole, around = _scanned(specs.listed, c)
+    deep = lambda s: ParamSpec((len(whole) // c.period, *s.shape), ("layers", *s.axes), s.init, s.std, s.matrix)
+    stacked = tuple(jax.tree.map(deep, layer, is_leaf=is_spec) for layer in whole[: c.period])
+    return replace(specs, stacked=stacked, listed=around, leading=c.scanned.start)
 
 
 def init(spec: ParamSpec, key: jax.Array, dtype: Any) -> jax.Array:

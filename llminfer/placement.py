@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,29 +14,37 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 
 from llminfer import cache, params
+from llminfer.arrange import arrangement, on_mesh
 from llminfer.config import EngineConfig, ModelConfig
-from llminfer.errors import UserError, as_user_error
+from llminfer.errors import UserError, as_user_error, refuse
 from llminfer.pages import Pages
 from llminfer.quant import QTensor, Turned, dequantize, maker
-from llminfer.target import Target, devices
+from llminfer.target import Target
 from llminfer.weights.assemble import layer_of, leaves_of, params_of
-from sharding.rules import check_divides, sharding, ways
 
 
-def check_mesh(c: ModelConfig, target: Target) -> None:
-    """Raises UserError for a mesh that does not divide the model, naming the sizes that would."""
-    sizes = {"kv_heads": c.num_kv_heads, "vocab": c.vocab_size, "experts": c.num_experts}
+def fitted(c: ModelConfig, target: Target) -> Target:
+    """The target with rules that fit the model. Raises UserError for a mesh that does not divide it, naming the sizes that would."""
     dense = not all(c.has_experts(layer) for layer in range(c.num_layers))
-    sizes["mlp"] = math.gcd(c.intermediate_size * dense, c.shared_intermediate_size)
-    as_user_error(check_divides, target.mesh, {axis: size for axis, size in sizes.items() if size})
+    mlp = dict(intermediate_size=c.intermediate_size * dense, shared_intermediate_size=c.shared_intermediate_size)
+    heads = dict(num_heads=c.num_heads)
+    sizes = dict(heads=heads, mlp={name: size for name, size in mlp.items() if size}, vocab=dict(vocab_size=c.vocab_size))
+    if not c.kv_rank:  # key-value heads are copied where they must; a latent is on every device
+        sizes |= dict(kv_heads=heads)
+    if c.num_experts:
+        sizes |= dict(experts=dict(num_experts=c.num_experts), expert_mlp=dict(moe_intermediate_size=c.moe_intermediate_size))
+    return replace(target, rules=as_user_error(target.rules.fitted, target.mesh, sizes))
 
 
-def first_device(target: Target) -> Any:
-    return devices()[0] if target.mesh is None else target.mesh.devices.flat[0]
+def check_cache(c: ModelConfig, settings: EngineConfig) -> None:
+    """Raises UserError for a kv_dtype that this model's rows cannot have."""
+    if c.kv_rank and settings.kv_dtype in ("int8", "float8_e4m3fn"):
+        raise refuse("kv_dtype", settings.kv_dtype, f"{c.name} caches latents, which have no scales; legal: null, float32, bfloat16")
 
 
 def abstract_params(c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
     """ShapeDtypeStructs, with shardings, of the weights in the target's layout."""
+    c = on_mesh(c, target)
     specs = params.stacked_specs(c) if target.stacked else params.param_specs(c)
     specs = replace(specs, lm_head=_head_spec(c)) if settings.quantize_head else specs
     return jax.tree.map(lambda spec: _abstract(spec, settings, target), specs, is_leaf=params.is_spec)
@@ -55,7 +62,7 @@ def _head_maker(c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
 
 
 def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
-    where = functools.partial(sharding, target.mesh, device=first_device(target))
+    where = target.place
     shape = jax.ShapeDtypeStruct(spec.shape, jnp.dtype(target.dtype), sharding=where(spec.axes))
     make = _maker(spec, settings, target)
     if make is None:
@@ -78,22 +85,26 @@ def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) ->
 
 def _maker(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
     """What makes of a weight what the target multiplies with, None for one that stays as it is."""
-    kind = "int8" if settings.quantize == "w8a8" and "vocab" in spec.axes else settings.quantize
-    return maker(kind, spec.axes, ways(target.mesh, spec.axes[-2]), target) if spec.matrix else None
+    kind, axes = settings.quantize, set(spec.axes)
+    if "vocab" in axes:  # tokens are not rounded for the head
+        kind = {"w8a8": "int8", "w8a8_fp8": "fp8"}.get(kind or "", kind)
+    if kind == "mxfp4_experts":
+        kind = "mxfp4" if {"experts", "vocab"} & axes else None
+    return maker(kind, spec.axes, target.ways(spec.axes[-2]), target) if spec.matrix else None
 
 
 def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, totals: tuple[int, ...]) -> cache.KVCache:
     """ShapeDtypeStructs, with shardings, of a cache of totals[g] pages in each group."""
-    where = lambda s: sharding(target.mesh, (None, None, "kv_heads", None, None)[: s.ndim], first_device(target))
+    heads = None if c.kv_rank else "kv_heads"  # a latent is on every device
+    where = lambda s: target.place((None, None, heads, None, None)[: s.ndim])
     dtype = jnp.dtype(settings.kv_dtype or target.dtype)
-    shapes = cache.abstract(c, totals, settings.page_size, dtype, stacked=target.stacked, platform=target.platform)
+    shapes = cache.abstract(on_mesh(c, target), totals, settings.page_size, dtype, stacked=target.stacked, platform=target.platform)
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where(s)), shapes)
 
 
 def abstract_history(settings: EngineConfig, target: Target, context: int) -> Any:
     """The int32 [slots, context] of each slot's tokens, on every device."""
-    where = sharding(target.mesh, (), first_device(target))
-    return jax.ShapeDtypeStruct((settings.slots, context), jnp.int32, sharding=where)
+    return jax.ShapeDtypeStruct((settings.slots, context), jnp.int32, sharding=target.place(()))
 
 
 def tree_bytes(tree: Any) -> int:
@@ -113,15 +124,15 @@ def place_of(shape: Any) -> Any:
 
 def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
     """Weights on their devices: `found` (named host arrays, see weights.Checkpoint.leaves) cast, quantized and stacked as the
-    target wants them, one after the other; None: random ones from settings.seed."""
+    target wants them, one after the other; None: random ones from settings.seed. c: the model as `found` has it."""
     specs, dtype = params.param_specs(c), jnp.dtype(target.dtype)
     if found is not None:
         return _place_leaves(found, specs, c, settings, target)
-    random = lambda spec: _random(spec, dtype, sharding(target.mesh, spec.axes, first_device(target)))
+    random = lambda name, spec: _random(spec, dtype, target.place(spec.axes), arrangement(name, spec, c, target))
     makers, key = _makers(settings, target), jax.random.key(settings.seed % 2**63)
-    leaves, tree = jax.tree.flatten(specs, is_leaf=params.is_spec)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(specs, is_leaf=params.is_spec)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(leaves)))
-    placed = tree.unflatten([makers(spec)(random(spec)(keys[i])) for i, spec in enumerate(leaves)])
+    placed = tree.unflatten([makers(spec)(random(path[-1].name, spec)(keys[i])) for i, (path, spec) in enumerate(leaves)])
     if make_head := _head_maker(c, settings, target):
         placed = replace(placed, lm_head=make_head(placed.embed if placed.lm_head is None else placed.lm_head))
     if target.stacked:
@@ -131,9 +142,10 @@ def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, setting
 
 
 @functools.lru_cache(maxsize=64)
-def _random(spec: params.ParamSpec, dtype: Any, where: Any) -> Any:
+def _random(spec: params.ParamSpec, dtype: Any, where: Any, arrange: Any) -> Any:
     """key -> a random weight: compiled once for all that are alike."""
-    return jax.jit(lambda key: params.init(spec, key, dtype), out_shardings=where)
+    made = lambda key: params.init(spec, key, dtype)
+    return jax.jit(made if arrange is None else lambda key: arrange(made(key)), out_shardings=where)
 
 
 def _makers(settings: EngineConfig, target: Target) -> Any:
@@ -159,7 +171,7 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
     write_one = lambda whole, x, i: jax.lax.dynamic_update_index_in_dim(whole, x, i, 0)
     write = jax.jit(lambda whole, x, i: jax.tree.map(functools.partial(write_one, i=i), whole, x), donate_argnums=0)
     stacked = tuple({name: zeros(leaf) for name, leaf in vars(layer).items() if leaf is not None} for layer in wanted.stacked)
-    under_scan = c.num_layers - len(wanted.listed)
+    under_scan = c.scanned if wanted.stacked else range(0)
     listed: dict[str, Any] = {}
     for name, array in found:
         spec = spec_of[name]
@@ -167,8 +179,10 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
             array = dequantize(array)
         if array.dtype.itemsize > dtype.itemsize:  # made narrower before, and wider after it travels
             array = array.astype(dtype)
+        if (arrange := arrangement(name, spec, c, target)) is not None:
+            array = arrange(array)
         # On a CPU an array that is ours alone becomes the weight; a mapped file is copied, once and for all.
-        x = jax.device_put(array, sharding(target.mesh, spec.axes, first_device(target)), may_alias=array.flags.writeable)
+        x = jax.device_put(array, target.place(spec.axes), may_alias=array.flags.writeable)
         x = makers(spec)(x if x.dtype == dtype else widen(x))
         if make_head and name == ("embed" if c.tie_embeddings else "lm_head"):
             head = make_head(x)
@@ -176,21 +190,23 @@ def _place_leaves(found: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig, 
             x = head if name == "lm_head" else x
         del array
         number, leaf = layer_of(name)
-        if number is not None and number < under_scan:
-            layer = stacked[number % c.period]
-            layer[leaf] = x = write(layer[leaf], x, jnp.int32(number // c.period))
+        if number is not None and number in under_scan:
+            repeat, place = divmod(number - under_scan.start, c.period)
+            layer = stacked[place]
+            layer[leaf] = x = write(layer[leaf], x, jnp.int32(repeat))
         else:
             listed[name] = x
         jax.block_until_ready(x)  # what is under way holds memory
         del x  # before the next one is read
-    placed = params_of(listed, c, first=under_scan)
-    placed = replace(placed, stacked=tuple(params.Layer(**fields) for fields in stacked))
+    placed = params_of(listed, c, without=under_scan)
+    placed = replace(placed, stacked=tuple(params.Layer(**fields) for fields in stacked), leading=wanted.leading)
     return jax.tree.map(lambda x, s: jax.device_put(x, place_of(s)), placed, wanted)
 
 
 def pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, target: Target) -> tuple[int, ...]:
     """Pages of each group. Full groups: settings.pages, or as many as all slots at full context need and memory
     allows; sliding groups: what all slots can hold at most, whatever the length. Raises UserError when weights and cache cannot fit."""
+    c = on_mesh(c, target)
     size, itemsize = settings.page_size, jnp.dtype(settings.kv_dtype or target.dtype).itemsize
     per_sequence = -(-context // size)
     ahead = 2 * settings.decode_steps  # a loop is sent before the last one is read; so are chunks, which all share
@@ -217,7 +233,7 @@ def pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, target: Tar
 
 def _memory(target: Target) -> float:
     """Bytes that are there to use, over all devices of the target."""
-    stats = first_device(target).memory_stats() if target.platform != "cpu" else None
+    stats = target.first_device.memory_stats() if target.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return float(stats["bytes_limit"]) * (1 if target.mesh is None else target.mesh.size)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

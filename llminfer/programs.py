@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from llminfer import step
 from llminfer.batch import BatchShape, pack, pack_loop, ship, unship
-from llminfer.config import EngineConfig, ModelConfig
+from llminfer.config import EIGHT_BITS, EngineConfig, ModelConfig
 from llminfer.scheduler import Plan
 from llminfer.target import Target
 
@@ -75,7 +75,7 @@ class Declared:
         """Row buckets: one sequence alone, a few, many, all slots; more of them where they compile fast."""
         slots = self.settings.slots
         sizes = {1, 8, 64, slots} | (set() if self.target.branches else {32, 128})
-        least = 2 if self.target.turned and self.settings.quantize in ("int8", "w8a8") else 1  # XLA multiplies two rows faster than one
+        least = 2 if self.target.turned and self.settings.quantize in EIGHT_BITS else 1  # XLA multiplies two rows faster than one
         return [self._program("decode", rows, rows) for rows in sorted({max(least, min(rows, slots)) for rows in sizes})]
 
     @functools.cached_property

@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from llminfer.request import MAX_LOGPROBS
+from llminfer.target import Target
 
 _MAX = np.finfo(np.float32).max
 _TINY = np.finfo(np.float32).tiny
@@ -73,10 +74,13 @@ def request_key(seed: int, sample_index: int) -> np.ndarray:
     return np.array(key, np.uint32)
 
 
-def draw(logits: jax.Array, s: SamplingBatch, history: jax.Array, slots: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def draw(
+    logits: jax.Array, s: SamplingBatch, history: jax.Array, slots: jax.Array, target: Target | None = None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The next token of each row, and what the raw logits say of it.
 
-    logits [R, V]; history [slots, N] int32: the tokens of each slot by position, those before s.position in place; slots [R].
+    logits [R, V]; history [slots, N] int32: the tokens of each slot by position, those before s.position in place; slots [R]; target:
+    whose mesh may split the vocabulary: nowhere is it brought together, devices exchange a few numbers a row.
     Returns tokens [R] int32 (-1 as for `sample`) and `top_logprobs`, all zeros where no row asks for them."""
     logits = logits.astype(jnp.float32)
 
@@ -88,7 +92,7 @@ def draw(logits: jax.Array, s: SamplingBatch, history: jax.Array, slots: jax.Arr
     token = lax.cond(jnp.any(_biased(s) | _penalised(s) | _held(s)), adjusted, lambda: sample(logits, s))
     shape = (logits.shape[0], 1 + MAX_LOGPROBS)
     nothing = lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
-    return token, lax.cond(jnp.any(s.logprobs >= 0), lambda: top_logprobs(logits, token), nothing)
+    return token, lax.cond(jnp.any(s.logprobs >= 0), lambda: top_logprobs(logits, token, target), nothing)
 
 
 def _biased(s: SamplingBatch) -> jax.Array:
@@ -152,16 +156,34 @@ def _counts(history: jax.Array, s: SamplingBatch, width: int) -> jax.Array:
     return over(counts, s.prompt_len, s.position, lambda at: at.add(2, mode="drop"))
 
 
-def top_logprobs(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
+def top_logprobs(logits: jax.Array, token: jax.Array, target: Target | None = None) -> tuple[jax.Array, jax.Array]:
     """Ids int32 and log-probabilities float32, each [R, 1 + MAX_LOGPROBS]: of token [R], then of the most likely ids, by the
     log_softmax of float32 logits [R, V]. Where the vocabulary is smaller than MAX_LOGPROBS the rest has id -1."""
     most = min(MAX_LOGPROBS, logits.shape[1])
-    values, ids = lax.top_k(logits, most)
+    values, ids = _most_likely(logits, most, target)
     chosen = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1)
     values = jnp.concatenate([chosen, values], axis=1) - jax.nn.logsumexp(logits, axis=1, keepdims=True)
     ids = jnp.concatenate([token[:, None], ids], axis=1)
     pad = ((0, 0), (0, MAX_LOGPROBS - most))
     return jnp.pad(ids, pad, constant_values=-1), jnp.pad(values, pad)
+
+
+def _most_likely(logits: jax.Array, most: int, target: Target | None) -> tuple[jax.Array, jax.Array]:
+    """lax.top_k of logits [R, V]. On a mesh that of each device's part, then among those: XLA would bring all logits together. Of equals
+    the first, as the parts are in order."""
+    if target is None or target.ways("vocab") == 1:
+        return lax.top_k(logits, most)
+    over, split = target.over("vocab"), target.partition((None, "vocab"))
+
+    def own(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, ids = lax.top_k(logits, min(most, logits.shape[1]))
+        ids += lax.axis_index(over).astype(ids.dtype) * logits.shape[1]
+        values, ids = (lax.all_gather(x, over, axis=1, tiled=True) for x in (values, ids))
+        values, at = lax.top_k(values, most)
+        return values, jnp.take_along_axis(ids, at, axis=1)
+
+    every = target.partition((None, None))
+    return jax.shard_map(own, mesh=target.mesh, in_specs=split, out_specs=(every, every), check_vma=False)(logits)
 
 
 def sample(logits: jax.Array, s: SamplingBatch) -> jax.Array:

@@ -107,7 +107,7 @@ def token_logprobs(params, cache, history, batch: Batch, tokens: jax.Array, most
     the device."""
     logits, cache, history = prompt_logits(params, cache, history, batch, c=c, target=target)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-    said = jax.lax.cond(most > 0, lambda: top_logprobs(logits, tokens), lambda: _said(tokens.shape))
+    said = jax.lax.cond(most > 0, lambda: top_logprobs(logits, tokens, target), lambda: _said(tokens.shape))
     return (chosen - jax.nn.logsumexp(logits, axis=1), chosen >= logits.max(axis=1), said), cache, history
 
 
@@ -140,5 +140,8 @@ def _draw(params: Params, hidden: jax.Array, batch: Batch, history: jax.Array, c
     # The drawn token's position is the context length: the same noise whatever the batch, also after a preemption.
     sampling = replace(batch.sampling, position=batch.kv_len)
     logits = model.logits(params, hidden, c, target)
-    tokens, said = (greedy(logits), _said((logits.shape[0],))) if plain else draw(logits, sampling, history, batch.slots)
+    if plain:
+        tokens, said = greedy(logits), _said((logits.shape[0],))
+    else:
+        tokens, said = draw(logits, sampling, history, batch.slots, target)
     return jnp.where(tokens < 0, NOT_A_NUMBER, tokens), said

@@ -7,11 +7,15 @@ from typing import Any
 
 import jax
 
+from sharding.rules import Axes, Rules
+
 # A part of what a device calls itself (jax.Device.device_kind) -> its name here and in configs/chips.toml; the first that fits.
 CHIPS = {
     **{"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e", "TPU7x": "tpu7x"},
     "H100": "h100",
 }
+
+RULES = Rules()
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,9 @@ class Target:
     stacked: layers under a scan (TPU), else unrolled (GPU and CPU, where XLA copies every slice of a stacked weight). dtype: of weights
     and cache. chip: the name of a TPU, v4, v5e, v5p, v6e or tpu7x. branches: whether a program may
     branch at no cost; not on a GPU, where the host waits to read what it depends on. debug: lengths and page ids are checked on the
-    device too. mesh: a jax.sharding.Mesh, or None for one device."""
+    device too. mesh: a jax.sharding.Mesh, or None for one device. rules: what of an array is split over which of its axes. device: the one
+    without a mesh; None: the first. exchange: how tokens go to the devices of their experts where that moves less than a sum (moe.py):
+    "ragged" (TPU), "padded" (for tests on a CPU), "" never."""
 
     platform: str
     kernels: str
@@ -31,10 +37,21 @@ class Target:
     branches: bool = True
     debug: bool = False
     mesh: Any = None
+    rules: Rules = RULES
+    device: Any = None
+    exchange: str = ""
 
     @classmethod
     def of(
-        cls, platform: str, *, chip: str | None = None, layout: str = "auto", dtype: str = "auto", debug: bool = False, mesh: Any = None
+        cls,
+        platform: str,
+        *,
+        chip: str | None = None,
+        layout: str = "auto",
+        dtype: str = "auto",
+        debug: bool = False,
+        mesh: Any = None,
+        device: Any = None,
     ) -> Target:
         """The target for a platform name as jax.Device.platform gives it; "auto" fields take the platform's best."""
         platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
@@ -47,7 +64,31 @@ class Target:
             branches=platform != "gpu",
             debug=debug,
             mesh=mesh,
+            device=device,
+            exchange="ragged" if platform == "tpu" else "",
         )
+
+    def over(self, axis: str) -> tuple[str, ...]:
+        """The axes of the mesh that a logical axis is split over."""
+        return self.rules.over(self.mesh, axis)
+
+    def ways(self, axis: str | None) -> int:
+        """In how many parts a logical axis is split."""
+        return self.rules.ways(self.mesh, axis)
+
+    def partition(self, axes: Axes) -> Any:
+        """The PartitionSpec of an array with these logical axes."""
+        return self.rules.partition(self.mesh, axes)
+
+    def place(self, axes: Axes) -> Any:
+        """The sharding of an array with these logical axes; without a mesh, the one device."""
+        return self.rules.sharding(self.mesh, axes, self.first_device)
+
+    @property
+    def first_device(self) -> Any:
+        if self.mesh is not None:
+            return self.mesh.devices.flat[0]
+        return devices()[0] if self.device is None else self.device
 
     @property
     def body(self) -> str:

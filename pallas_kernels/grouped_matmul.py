@@ -7,6 +7,8 @@ row]. Rows past the sum of group_sizes come back as zeros, whatever x holds ther
     w [L, E, K, N]: of x's dtype; or int8 or int4 with scale [L, E, N] (a column's) or scale [L, E, K / group, N] (a group's: rows
     i * group .. of a column). The product is with w * scale.   bias [L, E, N], added to the product
     or [L, E, K / 2, N] uint8: MXFP4, with scale [L, E, K / 32, N] (weight_formats.py)
+    or turned, as a GPU wants them: [L, E, N, K / 2], two numbers to a byte, int8 (int4) or uint8 (MXFP4), with scales by groups, an even
+    number of them (quantized_matmul_gpu.py says in which order)
 
 With an `activation` N is 2 * F, gate columns first, then up, and out [M, F] = act(gate) * up: the wide product stays on the chip.
 "silu" and "gelu" (by tanh) are of the gate; "clamped" is gpt-oss's: gate * sigmoid(ALPHA * gate) * (up + 1), gate at most LIMIT, up from
@@ -36,7 +38,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tuning import lookup
-from pallas_kernels.weight_formats import CHIPS, LANES, MAGIC, MXFP4, MXFP4_GROUP, bits, convert, packed, reorder, scaled, values
+from pallas_kernels.weight_formats import (
+    CHIPS,
+    LANES,
+    MAGIC,
+    MXFP4,
+    MXFP4_GROUP,
+    bits,
+    convert,
+    packed,
+    reorder,
+    scaled,
+    turned_values,
+    values,
+)
 
 ALIGN = 16  # where windows start: rows of a packed bfloat16 tile
 ROWS = 16  # experts whose scales (or biases) of a column come together
@@ -69,6 +84,7 @@ class Shape:
     bias: Any
     activation: str | None
     chip: Any
+    turned: bool = False
 
     @property
     def few(self) -> bool:
@@ -102,25 +118,30 @@ def grouped_matmul(
     scale=None,
     bias=None,
     activation: str | None = None,
+    turned: bool = False,
     chip: str | None = None,
     blocks: Blocks | None = None,
     impl: str = "reference",
 ):
-    """Products of sorted rows with their experts' matrices: see the module. chip: v4, v5e, v5p, v6e or tpu7x, for which the kernel is
-    compiled (the reference needs none). blocks: of the kernel; None: what tuned.toml has, else default_blocks. Returns [M, N], or with an
-    activation [M, N / 2]. A layer out of range is undefined. Raises ValueError for shapes, types and blocks that cannot work."""
-    shape = check(x, w, group_sizes, scale, bias, activation, chip)
+    """Products of sorted rows with their experts' matrices: see the module. turned: how w lies. chip: v4, v5e, v5p, v6e or tpu7x, for which
+    the kernel is compiled (the reference needs none). blocks: of the kernel; None: what tuned.toml has, else default_blocks. Returns
+    [M, N], or with an activation [M, N / 2]. A layer out of range is undefined. Raises ValueError for shapes, types and blocks that cannot
+    work."""
+    shape = check(x, w, group_sizes, scale, bias, activation, chip, turned=turned)
     if impl in ("triton", "triton-interpret"):
         from pallas_kernels.grouped_matmul_gpu import fits, grouped_matmul_gpu
 
-        if fits(x, w, scale):
-            more: dict[str, Any] = dict(layer=layer, scale=scale, bias=bias, activation=activation, interpret=impl != "triton")
+        if fits(x, w, scale, turned):
+            more: dict[str, Any] = dict(layer=layer, scale=scale, bias=bias, activation=activation, turned=turned)
+            more |= dict(interpret=impl != "triton")
             return grouped_matmul_gpu(x, w, group_sizes, **more)
         impl = "reference"
     if impl == "reference":
         return grouped_matmul_reference(shape, x, w, group_sizes, layer, scale, bias)
     if impl not in ("pallas", "interpret"):
         raise ValueError(f"impl={impl!r}: legal: reference, pallas, interpret, triton, triton-interpret")
+    if turned:
+        raise ValueError(f"turned=True with impl={impl!r}: legal: reference, triton, triton-interpret")
     if chip not in CHIPS:
         raise ValueError(f"chip={chip!r}: must be one of {', '.join(CHIPS)}")
     blocks = blocks or tuned_blocks(shape) or default_blocks(shape)
@@ -156,7 +177,8 @@ def grouped_matmul_reference(shape: Shape, x, w, group_sizes, layer, scale, bias
 def _reference_rows(shape: Shape, x, w, scale, bias):
     """x [rows, K] with the matrix of one expert."""
     if scale is not None:
-        w = values(w) * jnp.repeat(scale.reshape(-1, w.shape[1]).astype(jnp.float32), shape.group, axis=0)
+        w = turned_values(w, shape.group).T if shape.turned else values(w)
+        w = w * jnp.repeat(scale.reshape(-1, w.shape[1]).astype(jnp.float32), shape.group, axis=0)
     product = jnp.dot(x, w.astype(x.dtype), precision=_precision(x.dtype), preferred_element_type=jnp.float32)
     product = product if bias is None else product + bias.astype(jnp.float32)
     return activate(shape.activation, *jnp.split(product, shape.halves, axis=1)).astype(x.dtype)
@@ -179,11 +201,17 @@ def _precision(dtype):
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
-def check(x, w, group_sizes, scale=None, bias=None, activation=None, chip=None) -> Shape:
+def check(x, w, group_sizes, scale=None, bias=None, activation=None, chip=None, *, turned=False) -> Shape:
     """Static checks of all bodies. Raises ValueError that names what is wrong and what would be legal."""
-    if x.ndim != 2 or w.ndim != 4 or w.shape[2] * packed(w.dtype) != x.shape[1]:
+    if turned:
+        if x.ndim != 2 or w.ndim != 4 or w.shape[3] * 2 != x.shape[1] or w.dtype not in (jnp.int8, jnp.uint8):
+            raise ValueError(f"x {x.shape} and turned w {w.dtype} {w.shape}: need [M, K] and int8 or uint8 [L, E, N, K / 2], the same K")
+        if scale is None or scale.ndim != 4 or scale.shape[2] % 2:
+            have = "no scale" if scale is None else f"scale {scale.shape}"
+            raise ValueError(f"{have} of turned w: must be [{w.shape[0]}, {w.shape[1]}, K / group, {w.shape[2]}], an even number of groups")
+    elif x.ndim != 2 or w.ndim != 4 or w.shape[2] * packed(w.dtype) != x.shape[1]:
         raise ValueError(f"x {x.shape} and w {w.dtype} {w.shape}: need [M, K] and [L, E, K, N] (uint8: [L, E, K / 2, N]) with the same K")
-    layers, experts, k, n = *w.shape[:2], x.shape[1], w.shape[3]
+    layers, experts, k, n = *w.shape[:2], x.shape[1], w.shape[2 if turned else 3]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x has dtype {x.dtype}: must be bfloat16 or float32")
     if group_sizes.shape != (experts,) or group_sizes.dtype != jnp.int32:
@@ -209,7 +237,7 @@ def check(x, w, group_sizes, scale=None, bias=None, activation=None, chip=None) 
         raise ValueError(f"bias has shape {bias.shape}: must be [{layers}, {experts}, {n}]")
     rows, columns = pl.cdiv(x.shape[0], ALIGN) * ALIGN, n if activation is None else n // 2
     of = lambda array: None if array is None else jnp.dtype(array.dtype)
-    return Shape(rows, experts, k, columns, of(x), of(w), group, of(scale), of(bias), activation, chip)
+    return Shape(rows, experts, k, columns, of(x), of(w), group, of(scale), of(bias), activation, chip, turned)
 
 
 def check_blocks(shape: Shape, blocks: Blocks) -> None:

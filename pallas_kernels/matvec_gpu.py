@@ -21,9 +21,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.round_gpu import ACTIVATIONS, activate
+
 bf16, f32 = jnp.bfloat16, jnp.float32
 load = plgpu.load
-ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 class Tiles(NamedTuple):
@@ -130,14 +131,7 @@ def _kernel(refs: dict[str, Any], site: Site) -> None:
         for tile, x in zip(tiles, xs, strict=True):
             acc += tile.astype(f32) * x[None, :]
         sums.append(acc.sum(axis=1) if factor is None else acc.sum(axis=1) * factor)
-    y = sums[0] if site.gate is None else _activate(sums[0], site.gate) * sums[1]
+    y = sums[0] if site.gate is None else activate(sums[0], site.gate) * sums[1]
     if "residual" in refs:
         y += load(refs["residual"].at[parts[0]]).astype(f32)
     plgpu.store(refs["out"].at[parts[0]], y.astype(refs["out"].dtype))
-
-
-def _activate(x, name: str):
-    if name == "silu":
-        return x / (1 + jnp.exp(-x))
-    inside = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1 + jnp.exp(-2 * inside))  # x * (1 + tanh(inside)) / 2

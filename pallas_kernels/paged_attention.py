@@ -12,19 +12,25 @@ not there (StreamingLLM: Xiao et al., arXiv 2309.17453).
 
 What may be asked for beside that:
     sink_logits [Hq]   one more key without a value in each head's softmax (gpt-oss)
+    packed, rope       with k and v None, q [T, Hkv, Hq / Hkv + 2, D] holds all three, and queries and keys are rotated here (rope.py)
     tree int32 [T, W]  the new tokens of a sequence are the nodes of a tree (drafts to be verified): bit j of the words of a row says
                        whether it sees the j-th new token of its sequence. A row sees itself and its ancestors, which lie before it, and its
                        position is its depth behind the context; a window must be longer than the tree is deep
+    chunked            a token sees the positions of its own chunk of `window` positions, up to itself, and none of other chunks (Llama 4)
+    value_dim          rows of the cache are keys alone, in lanes 0..D-1, and values are the first value_dim of these (a latent: arXiv
+                       2405.04434); v is None, out [T, Hq, value_dim]
     kv_scale float32 [L, P, 2 * Hkv]   a cache of int8 or float8_e4m3fn with scales by page and head (kv_scales.py)
     with_lse           the logarithm of each row's sum of exponentials, float32 [T, Hq], by which parts of a context are merged
 
 Keys and values share the lanes of one row so that a token of one head is one contiguous vector: head_dim 64 then fills
 the 128 lanes of a TPU register, and a page is one transfer. Online softmax: Milakov and Gimelshein, arXiv 1805.02867;
-pages: Kwon et al., arXiv 2309.06180.
+pages: Kwon et al., arXiv 2309.06180. A row that is key and value at once is read once for both: with Hkv = 1 and D = 576 a page is one
+transfer of whole tiles of lanes, its first four the values, and all query heads are the rows of one product.
 
 `impl` chooses the body: "reference" (plain jnp, below: the contract and what a CPU runs), "batched" (the same with all
 decoding sequences at once), "pallas" (the TPU kernel of paged_attention_tpu.py), "interpret" (that kernel, interpreted on a CPU),
-"triton" (the GPU kernels of paged_attention_gpu.py) and "triton-interpret".
+"triton" (the GPU kernels of paged_attention_gpu.py) and "triton-interpret". What neither kernel has yet goes to the reference, whatever
+`impl` says (on a TPU or GPU as "batched"): value_dim, chunked.
 """
 
 from __future__ import annotations
@@ -36,12 +42,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import kv_scales
+from pallas_kernels.rope import apart
 
 # Tokens of context that the reference handles at a time, for sequences that decode and for chunks; and query rows of a
 # chunk at a time. The best on XLA:CPU of 32 to 640 (LOG.md).
 DECODE_BLOCK, PREFILL_BLOCK = 128, 256
 Q_BLOCK = 256
+MOST_PRODUCTS = 32  # query heads of a kv head that are multiplied one by one
 _NEG = -1e30
+FALLBACK = {"pallas": "batched", "triton": "batched", "interpret": "reference", "triton-interpret": "reference"}
 
 
 def paged_attention(
@@ -58,6 +67,7 @@ def paged_attention(
     window,
     scale,
     q_max,
+    rope=None,
     softcap=None,
     sinks=0,
     q_sinks=None,
@@ -65,44 +75,51 @@ def paged_attention(
     tree=None,
     kv_scale=None,
     kv_splits=1,
+    value_dim=None,
+    chunked=False,
     with_lse=False,
     debug=False,
     chip=None,
     blocks=None,
     impl="reference",
 ):
-    """Writes k and v into kv and attends. Returns (out [T, Hq, D] of q's dtype, kv), then kv_scale if it was given, then the sums if
-    with_lse; rows of T that belong to no sequence come back as zeros.
-    q_max: static bound of q_len (1: pure decode). softcap: scores become softcap * tanh(scores / softcap). sinks: static.
-    kv_splits: static, parts in which the TPU kernel looks at the context of a sequence that decodes. debug: a sequence with a page id,
-    length or window that cannot be is not touched, and its rows come back as NaN. chip, blocks: of a TPU, by which tuned.toml is asked
-    for sizes of blocks, or sizes to be used (paged_attention_plan.py). Raises ValueError for shapes that cannot work."""
-    check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max)
+    """Writes k and v into kv and attends. Returns (out [T, Hq, D] of q's dtype, zeros in rows of no sequence, kv), then kv_scale if it was
+    given, then the sums if with_lse. q_max: static bound of q_len (1: pure decode). softcap: scores become softcap * tanh(score / softcap).
+    kv_splits: static, parts in which the TPU kernel looks at a context in decode. debug: a sequence with a page id, length or window that
+    cannot be is not touched, its rows are NaN. chip, blocks: of a TPU, by which tuned.toml is asked, or block sizes. Raises ValueError."""
+    packed = None
+    if k is None:
+        packed, (q, k, v) = q, apart(q, rope)
+    check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max, value_dim)
+    impl = FALLBACK.get(impl, impl) if chunked or value_dim is not None else impl
     check_options(q, kv, window, sinks, q_sinks, sink_logits, tree, kv_scale, kv_splits)
-    sound = asked = None
-    if debug:
-        sound = _sound(q.shape[0], kv, layer, page_table, q_start, q_len, kv_len, window)
-        asked, q_len = q_len, jnp.where(sound, q_len, 0)
+    sound, asked = _sound(q.shape[0], kv, layer, page_table, q_start, q_len, kv_len, window) if debug else None, q_len
+    q_len = q_len if sound is None else jnp.where(sound, q_len, 0)
     args: dict[str, Any] = dict(layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len, window=window)
     args |= dict(scale=scale, softcap=softcap, q_max=q_max, sinks=sinks, q_sinks=q_sinks, sink_logits=sink_logits, tree=tree)
+    tpu = dict(kv_splits=kv_splits, with_lse=with_lse, chip=chip, blocks=blocks)
+    body = _body(impl, tpu, dict(packed=packed, rope=rope), dict(value_dim=value_dim, chunked=chunked))
+    out, kv, kv_scale, lse = body(q, k, v, kv, **args, kv_scale=kv_scale)
+    out = out if sound is None else _spoil(out, sound, q_start, asked)
+    return (out, kv, *([] if kv_scale is None else [kv_scale]), *([lse] if with_lse else []))
+
+
+def _body(impl, tpu: dict[str, Any], gpu: dict[str, Any], plain: dict[str, Any]) -> Any:
+    """What runs the op, with what it alone is told."""
     if impl in ("reference", "batched"):
-        out, kv, kv_scale, lse = paged_attention_reference(q, k, v, kv, **args, kv_scale=kv_scale, batched=impl == "batched")
-    elif impl in ("pallas", "interpret"):
+        return functools.partial(paged_attention_reference, **plain, batched=impl == "batched")
+    if impl in ("pallas", "interpret"):
         from jax.experimental.pallas import tpu as pltpu
 
         from pallas_kernels.paged_attention_tpu import paged_attention_tpu
 
         mode: Any = pltpu.InterpretParams() if impl == "interpret" else False
-        args |= dict(kv_scale=kv_scale, kv_splits=kv_splits, with_lse=with_lse, chip=chip, blocks=blocks)
-        out, kv, kv_scale, lse = paged_attention_tpu(q, k, v, kv, **args, interpret=mode)
-    elif impl in ("triton", "triton-interpret"):
+        return functools.partial(paged_attention_tpu, **tpu, interpret=mode)
+    if impl in ("triton", "triton-interpret"):
         from pallas_kernels.paged_attention_gpu import paged_attention_gpu
 
-        out, kv, kv_scale, lse = paged_attention_gpu(q, k, v, kv, **args, kv_scale=kv_scale, interpret=impl != "triton")
-    else:
-        raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret, triton, triton-interpret")
-    out = out if sound is None else _spoil(out, sound, q_start, asked)
-    return (out, kv, *([] if kv_scale is None else [kv_scale]), *([lse] if with_lse else []))
+        return functools.partial(paged_attention_gpu, **gpu, interpret=impl != "triton")
+    raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret, triton, triton-interpret")
 
 
 def _sound(tokens, kv, layer, page_table, q_start, q_len, kv_len, window):
@@ -123,16 +140,21 @@ def _spoil(out, sound, q_start, q_len):
     return jnp.where(((of & ~sound).any(1) & ~(of & sound).any(1))[:, None, None], jnp.nan, out)
 
 
-def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max):
+def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max, value_dim=None):
     """Static checks shared by all bodies: names the dimension that is wrong. Raises ValueError."""
+    if value_dim is not None:
+        if v is not None or not 1 <= value_dim <= q.shape[-1] or kv.dtype.itemsize == 1:
+            raise ValueError(f"value_dim={value_dim}: must be from 1 to {q.shape[-1]}, with v=None and a cache of 16 bits or more")
+        v = k
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or kv.ndim != 5:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}, kv {kv.shape}: need [T,Hq,D], [T,Hkv,D] twice and [L,P,Hkv,page,2D]")
     tokens, q_heads, dim = q.shape
     kv_heads = kv.shape[2]
     if k.shape != (tokens, kv_heads, dim):
         raise ValueError(f"k {k.shape}: must be [{tokens}, {kv_heads}, {dim}] for q {q.shape} and kv {kv.shape}")
-    if kv.shape[4] < 2 * dim:
-        raise ValueError(f"kv lanes {kv.shape[4]}: must be twice head_dim={dim}, or more to fill a tile of lanes")
+    if kv.shape[4] < (2 * dim if value_dim is None else dim):
+        least = "twice " if value_dim is None else ""
+        raise ValueError(f"kv lanes {kv.shape[4]}: must be {least}head_dim={dim}, or more to fill a tile of lanes")
     if q_heads % kv_heads:
         raise ValueError(f"query heads {q_heads}: must be a multiple of the {kv_heads} kv heads")
     if kv.shape[3] % 8:
@@ -185,28 +207,33 @@ def paged_attention_reference(
     sink_logits=None,
     tree=None,
     kv_scale=None,
+    value_dim=None,
+    chunked=False,
     batched=False,
 ):
     """The contract in plain jnp: see the module. Work grows with the live context (batched: with the longest), not with
     the table. Returns (out, kv, kv_scale, lse)."""
     rows = dict(page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len)
     if kv_scale is None:
-        new = jnp.concatenate([k, v], axis=-1).astype(kv.dtype)
+        new = (k if v is None else jnp.concatenate([k, v], axis=-1)).astype(kv.dtype)
     else:
         kv_scale, new, ratio = kv_scales.grow(k, v, kv_scale, kv.dtype, kv.shape[3], layer=layer, **rows)
         kv = kv_scales.rescale(kv, ratio, k.shape[2], layer=layer, page_table=page_table, context=kv_len - q_len)
     kv = write_pages(new, kv, layer=layer, **rows)
     look = functools.partial(_look, kv=kv, kv_scale=kv_scale, layer=layer, window=window, scale=scale, softcap=softcap, sinks=sinks)
-    look = functools.partial(look, sink_logits=sink_logits)
+    dim = q.shape[2]
+    of_value = slice(dim, 2 * dim) if value_dim is None else slice(0, value_dim)
+    look = functools.partial(look, sink_logits=sink_logits, of_value=of_value, chunked=chunked)
     qs = q[:, None] if q_sinks is None else jnp.stack([q, q_sinks], axis=1)  # [T, 1 or 2, Hq, D]
-    found = _one_each(qs, page_table, q_start, jnp.where(q_len == 1, kv_len, 0), look, batched)
+    empty = (jnp.zeros((*q.shape[:2], value_dim or dim), q.dtype), jnp.full(q.shape[:2], -jnp.inf))
+    found = _one_each(qs, empty, page_table, q_start, jnp.where(q_len == 1, kv_len, 0), look, batched)
     if q_max > 1:
         found = _in_blocks(qs, found, page_table, q_start, jnp.where(q_len > 1, q_len, 0), kv_len, tree, look)
     return found[0], kv, kv_scale, found[1]
 
 
 def write_pages(new, kv, *, layer, page_table, q_start, q_len, kv_len):
-    """Scatters the new rows [T, Hkv, 2D] into their pages: in place when kv is donated. Rows of nobody are dropped."""
+    """Scatters the new rows [T, Hkv, lanes or fewer] into their pages: in place when kv is donated. Rows of nobody are dropped."""
     page_size = kv.shape[3]
     _, pos, page, owned = kv_scales.owners(new.shape[0], page_size, page_table, q_start, q_len, kv_len)
     page = jnp.where(owned, page, kv.shape[1])  # out of range: dropped
@@ -215,16 +242,15 @@ def write_pages(new, kv, *, layer, page_table, q_start, q_len, kv_len):
     return kv.at[layer, page[:, None], heads[None], (pos % page_size)[:, None]].set(new, mode="drop")
 
 
-def _one_each(qs, page_table, q_start, kv_len, look, batched):
+def _one_each(qs, empty, page_table, q_start, kv_len, look, batched):
     """The sequences that bring one token each (kv_len 0: nothing to do): all at once, or one after the other, so that each
-    costs its own length (XLA:CPU is no faster at several). Other rows are zeros."""
+    costs its own length (XLA:CPU is no faster at several). Other rows are as in `empty`."""
     live = kv_len > 0
     rows = jnp.clip(q_start, 0, qs.shape[0] - 1)
     at_once = lambda q, length, table: [x[:, 0] for x in look(q[:, None], (length - 1)[:, None], table, block=DECODE_BLOCK)]
     each = (qs[rows], kv_len, page_table)
     found = at_once(*each) if batched else lax.map(lambda row: [x[0] for x in at_once(*(x[None] for x in row))], each)
     at = jnp.where(live, q_start, qs.shape[0])
-    empty = (jnp.zeros_like(qs[:, 0]), jnp.full((qs.shape[0], qs.shape[2]), -jnp.inf))
     return tuple(x.at[at].set(y.astype(x.dtype), mode="drop") for x, y in zip(empty, found))
 
 
@@ -254,11 +280,11 @@ def _in_blocks(qs, found, page_table, q_start, q_len, kv_len, tree, look):
     return tuple(x[: qs.shape[0]] for x in lax.while_loop(lambda c: c[0] < ends[-1], step, (0, found))[1])
 
 
-def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks, sink_logits, block, nodes=None):
+def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks, sink_logits, of_value, chunked, block, nodes=None):
     """Attention of qs [R, C, 1 or 2, Hq, D] (q, and q_sinks where there are sinks) at positions pos [R, C] (-1: nothing to see) over
     the pages of table [R, n]. nodes: None, or (length of the context [R], words [R, C, W]) where rows are a tree. Returns float32
-    [R, C, Hq, D] and the sums' logarithms [R, C, Hq]. A loop over blocks of `block` tokens, from the first that a window reaches to
-    the last."""
+    [R, C, Hq, D] and the sums' logarithms [R, C, Hq]. of_value: which lanes of a row are its value. A loop over blocks of
+    `block` tokens, from the first that a window reaches to the last."""
     rows, chunk, _, q_heads, dim = qs.shape
     heads, page_size = kv.shape[2], kv.shape[3]
     group, pages_a_block = q_heads // heads, max(1, block // page_size)
@@ -267,14 +293,16 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_a_block)))
     dtype = kv.dtype if kv_scale is None else qs.dtype
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    dot = functools.partial(_products if chunk == 1 else jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    dot = functools.partial(
+        _products if chunk == 1 and group <= MOST_PRODUCTS else jnp.einsum, precision=precision, preferred_element_type=jnp.float32
+    )
     whole = chunk == 1  # zeros under the value lanes: the product reads whole rows, which need not be cut out
     qs = _by_heads((qs * scale).astype(dtype), heads, kv.shape[4] if whole else dim)
     flat = lambda x: jnp.broadcast_to(x[:, :, None], (rows, chunk, group, x.shape[2])).reshape(rows, 1, chunk * group, -1)
     depth = pos if nodes is None else jnp.where(pos >= 0, nodes[0][:, None] + tree_depth(nodes[1]), -1)
     nodes = nodes and (nodes[0].reshape(rows, 1, 1, 1), flat(nodes[1]))
     pos, depth = flat(pos[..., None]), flat(depth[..., None])
-    low = jnp.where(window > 0, depth - window + 1, 0)
+    low = depth // window * window if chunked else jnp.where(window > 0, depth - window + 1, 0)
     first, last = jnp.maximum(jnp.min(jnp.where(pos >= 0, low, 1 << 30)), 0) // block, (jnp.max(pos) + block) // block
 
     def attend(q, ids, inside, sums):
@@ -284,16 +312,13 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
         found = found.swapaxes(1, 2).reshape(rows, heads, inside.shape[-1], -1)
         # Values that nobody may see become 0: a NaN there would survive its zero weight.
         found = jnp.where(inside.any(axis=2)[..., None], found, 0)
-        keys, values = (found, found) if whole else (found[..., :dim], found[..., dim : 2 * dim])
-        scores = dot("rhqd,rhtd->rhqt", q, keys)
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        scores = jnp.where(inside, scores, _NEG)
+        keys, values = (found, found) if whole else (found[..., :dim], found[..., of_value])
+        scores = jnp.where(inside, _capped(dot("rhqd,rhtd->rhqt", q, keys), softcap), _NEG)
         new_top = jnp.maximum(top, scores.max(-1))
         weight = jnp.exp(scores - new_top[..., None])
         keep = jnp.exp(top - new_top)
         mixed = dot("rhqt,rhtd->rhqd", weight.astype(dtype), values)
-        return new_top, total * keep + weight.sum(-1), acc * keep[..., None] + (mixed[..., dim : 2 * dim] if whole else mixed)
+        return new_top, total * keep + weight.sum(-1), acc * keep[..., None] + (mixed[..., of_value] if whole else mixed)
 
     def step(carry):
         i, *sums = carry
@@ -303,7 +328,7 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
 
     shape = (rows, heads, chunk * group)
     logits = None if sink_logits is None else jnp.tile(sink_logits.reshape(heads, group), (1, chunk))
-    sums = (*_begin(shape, logits), jnp.zeros((*shape, dim), jnp.float32))
+    sums = (*_begin(shape, logits), jnp.zeros((*shape, of_value.stop - of_value.start), jnp.float32))
     if sinks:
         first_pages = table[:, : -(-sinks // page_size)]
         at = jnp.arange(first_pages.shape[1] * page_size)
@@ -313,6 +338,10 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
     out = jnp.where(pos >= 0, acc / total[..., None], 0)
     order = lambda x: x.reshape(rows, heads, chunk, group, -1).swapaxes(1, 2).reshape(rows, chunk, q_heads, -1)
     return order(out), order(top + jnp.log(total))[..., 0]
+
+
+def _capped(scores, softcap):
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def _by_heads(qs, heads, lanes):

@@ -74,10 +74,13 @@ def paged_attention_gpu(
     sink_logits=None,
     tree=None,
     kv_scale=None,
+    packed=None,
+    rope=None,
     interpret=False,
     sizes: Mapping[str, Sizes] | None = None,
 ):
     """The contract of paged_attention.py. Returns (out [T, Hq, D], kv, kv_scale, sums' logarithms float32 [T, Hq], -inf where nobody is).
+    packed, with rope: what q, k and v were made of, which the kernels read in their place where the cache has no scales, and rotate.
     kv and kv_scale are written in place where they are donated. sizes: "decode" and "chunks" in place of the tuned ones. Raises ValueError
     for shapes that cannot work."""
     check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max)
@@ -95,9 +98,10 @@ def paged_attention_gpu(
     decode = sizes.get("decode") or decode_sizes(len(q_len), page_table.shape[1] * page, heads, group, dim, itemsize)
     chunks = sizes.get("chunks") or chunk_sizes(group, dim, itemsize, dtype == jnp.float32)
     alone = kv_scale is None and kv.shape[4] == 2 * dim  # the decode kernel writes what it is brought
-    spec = Spec(heads, group, dim, page, float(scale), softcap, dtype, decode, chunks.rows // group, alone, bool(interpret))
+    spec = Spec(heads, group, dim, page, float(scale), softcap, dtype, decode, chunks.rows // group, alone, interpret=bool(interpret))
     one = lambda x: jnp.asarray(x, jnp.int32).reshape(1)
-    data = dict(q=q, k=k, v=v, kv=kv, table=page_table, start=q_start, new=q_len, total=kv_len, layer=one(layer), window=one(window))
+    rows, spec = (dict(q=q, k=k, v=v), spec) if packed is None or not alone else _packed(packed, rope, spec)
+    data = dict(**rows, kv=kv, table=page_table, start=q_start, new=q_len, total=kv_len, layer=one(layer), window=one(window))
     data |= {} if kv_scale is None else dict(scales=kv_scale)
     data |= {} if sink_logits is None else dict(logits=sink_logits.astype(jnp.float32))
     if not alone or q_max > 1:
@@ -108,9 +112,17 @@ def paged_attention_gpu(
     return out, kv, data.get("scales"), lse
 
 
+def _packed(packed, rope, spec: Spec) -> tuple[dict[str, Any], Spec]:
+    """What the kernels read in place of queries, keys and values."""
+    flat = lambda x: x.reshape(len(packed), -1)
+    rows = dict(q=packed.reshape(len(packed), -1, spec.dim)) | ({} if rope is None else dict(zip(("cos", "sin"), map(flat, rope))))
+    return rows, replace(spec, packed=True, rotary=0 if rope is None else rows["cos"].shape[1])
+
+
 def _written(data: dict[str, Any], spec: Spec, q_max: int) -> dict[str, Any]:
     """The cache with the new keys and values in it: of all sequences, or of those that the decode kernel does not write."""
-    k, v, kv, dim = data["k"], data["v"], data["kv"], spec.dim
+    kv, dim = data["kv"], spec.dim
+    k, v = (data["q"],) * 2 if spec.packed else (data["k"], data["v"])
     rows = dict(page_table=data["table"], q_start=data["start"], q_len=data["new"], kv_len=data["total"], layer=data["layer"][0])
     if kv.shape[4] > 2 * dim and "scales" not in data:
         return dict(kv=write_pages(jnp.concatenate([k, v], axis=-1).astype(kv.dtype), kv, **rows))
@@ -128,8 +140,8 @@ def _written(data: dict[str, Any], spec: Spec, q_max: int) -> dict[str, Any]:
         if kv.shape[4] > 2 * dim:
             return found | dict(kv=write_pages(new, kv, **rows))
         k, v = new[..., :dim], new[..., dim:]
-    given = _only(data, "table start new total layer") | dict(k=k, v=v, kv=kv)
-    given |= _tiles(data["new"], spec.tile, len(k), 2 if spec.write else 1)
+    given = _only(data, "table start new total layer") | (_only(data, "q cos sin") if spec.packed else dict(k=k, v=v)) | dict(kv=kv)
+    given |= _tiles(data["new"], spec.tile, len(data["q"]), 2 if spec.write else 1)
     outputs = dict(cache=jax.ShapeDtypeStruct(kv.shape, kv.dtype))
     spec = replace(spec, sizes=Sizes(block=1, warps=4, stages=1))
     made = _call(kernels.write_kernel, given, outputs, (spec.heads, len(given["owner"])), spec, dict(kv="cache"))
@@ -139,23 +151,24 @@ def _written(data: dict[str, Any], spec: Spec, q_max: int) -> dict[str, Any]:
 def _decode(data: dict[str, Any], spec: Spec):
     """Sequences with one new token: (out [T, Hq, D], sums' logarithms [T, Hq], kv)."""
     q, kv, rows, splits = data["q"], data["kv"], len(data["new"]), spec.sizes.splits
-    given = _only(data, "q kv table start new total layer window scales" + (" k v" if spec.write else ""))
-    partial = (rows, q.shape[1], splits)
+    given = _only(data, "q cos sin kv table start new total layer window scales" + (" k v" if spec.write else ""))
+    made = (len(q), spec.heads * spec.group, spec.dim)
+    partial = (rows, made[1], splits)
     shapes = dict(acc=(*partial, spec.dim), top=partial, sum=partial)
     outputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     outputs |= dict(cache=jax.ShapeDtypeStruct(kv.shape, kv.dtype)) if spec.write else {}
     found = _call(kernels.decode_kernel, given, outputs, (spec.heads, splits, rows), spec, dict(kv="cache") if spec.write else None)
     kv = found.pop("cache", kv)
-    outputs = dict(out=jax.ShapeDtypeStruct(q.shape, q.dtype), lse=jax.ShapeDtypeStruct(q.shape[:2], jnp.float32))
+    outputs = dict(out=jax.ShapeDtypeStruct(made, q.dtype), lse=jax.ShapeDtypeStruct(made[:2], jnp.float32))
     merge = replace(spec, sizes=Sizes(block=1, warps=1 if splits * spec.dim <= 1024 else 4, stages=1, splits=splits))
-    grid = (q.shape[1], rows + -(-len(q) // BLANKS))
-    made = _call(kernels.merge_kernel, found | _only(data, "start new logits"), outputs, grid, merge)
-    return made["out"], made["lse"], kv
+    grid = (made[1], rows + -(-len(q) // BLANKS))
+    merged = _call(kernels.merge_kernel, found | _only(data, "start new logits"), outputs, grid, merge)
+    return merged["out"], merged["lse"], kv
 
 
 def _chunks(data: dict[str, Any], out, lse, spec: Spec):
     """Sequences with more than one new token, into out and lse."""
-    given = _only(data, "q kv table start new total layer window scales logits") | dict(out=out, lse=lse)
+    given = _only(data, "q cos sin kv table start new total layer window scales logits") | dict(out=out, lse=lse)
     given |= _tiles(data["new"], spec.tile, len(out), 2)
     outputs = dict(made=jax.ShapeDtypeStruct(out.shape, out.dtype), sums=jax.ShapeDtypeStruct(lse.shape, lse.dtype))
     found = _call(kernels.chunk_kernel, given, outputs, (spec.heads, len(given["owner"])), spec, dict(out="made", lse="sums"))

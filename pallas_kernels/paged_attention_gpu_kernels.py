@@ -34,7 +34,8 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec:
-    """What the kernels know when they are compiled. dtype: of the products; tile: query tokens in a tile of rows."""
+    """What the kernels know when they are compiled. dtype: of the products; tile: query tokens in a tile of rows. packed: queries, keys and
+    values are rows of q, each kv head's after each other, whose first `rotary` elements are to be rotated."""
 
     heads: int
     group: int
@@ -46,6 +47,8 @@ class Spec:
     sizes: Sizes
     tile: int = 1
     write: bool = False
+    packed: bool = False
+    rotary: int = 0
     interpret: bool = False
 
     @property
@@ -71,6 +74,23 @@ def decode_rows(group: int) -> int:
 def _get(ref, place, mask=None, other: float = 0):
     """ref[place], `other` where the mask is false: nothing is read there."""
     return plgpu.load(ref.at[place], mask=mask, other=None if mask is None else jnp.asarray(other, ref.dtype))
+
+
+def _new(refs, spec: Spec, name: str, place, mask=None):
+    """Rows of queries (name q), keys or values as attention takes them. place: token, head (of q among all query heads), lane."""
+    token, head, lane = place
+    if not spec.packed:
+        return _get(refs[name], place, mask)
+    wide = spec.group + 2
+    first = lax.div(head, spec.group) * wide + lax.rem(head, spec.group) if name == "q" else head * wide + spec.group + (name == "v")
+    x = _get(refs["q"], (token, first, lane), mask)
+    if name == "v" or not spec.rotary:
+        return x
+    turned, half = lane < spec.rotary, spec.rotary // 2
+    other = jnp.where(turned, jnp.where(lane < half, lane + half, lane - half), lane)
+    shared = turned if mask is None else turned & mask
+    cos, sin = (_get(refs[by], (token, jnp.where(turned, lane, 0)), shared, rest) for by, rest in (("cos", 1), ("sin", 0)))
+    return (x.astype(jnp.float32) * cos + _get(refs["q"], (token, first, other), mask).astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def _lanes(spec: Spec, number: int):
@@ -159,7 +179,7 @@ def decode_kernel(refs, spec: Spec):
     heads = head * spec.group + group
     mine, lane, (_, real) = group < spec.group, jnp.arange(spec.lanes), _lanes(spec, 0)
     spread = lambda x: jnp.broadcast_to(x, (len(group), spec.lanes))
-    q = _get(refs["q"], (spread(at), spread(heads[:, None]), spread(lane[None])), _both(mine, real)).astype(spec.dtype)
+    q = _new(refs, spec, "q", (spread(at), spread(heads[:, None]), spread(lane[None])), _both(mine, real)).astype(spec.dtype)
     end = pos if spec.write else pos + 1
     where = refs["layer"][0], row, head  # read here: a load in the loop would take stages from those of keys and values
     low = jnp.where(refs["window"][0] > 0, jnp.maximum(pos - refs["window"][0] + 1, 0), 0)
@@ -185,7 +205,7 @@ def _join(refs, spec: Spec, q, row, head, at, pos, first, sums):
     """Writes the new key and value into their page, and adds them to the sums: if `first`."""
     lane, (_, real) = jnp.arange(spec.lanes), _lanes(spec, 0)
     each = lambda x: jnp.full(lane.shape, x)
-    new = [_get(refs[name], (each(at), each(head), lane), real).astype(refs["kv"].dtype) for name in ("k", "v")]
+    new = [_new(refs, spec, name, (each(at), each(head), lane), real).astype(refs["kv"].dtype) for name in ("k", "v")]
     page, place = _page_of(refs, spec, row, pos)
     for number, x in enumerate(new):
         where = (each(refs["layer"][0]), each(page), each(head), each(place), _lanes(spec, number)[0])
@@ -219,7 +239,7 @@ def write_kernel(refs, spec: Spec):
     source = (spread((refs["start"][row] + token)[:, None]), spread(head), spread(lane[None]))
     where = (spread(refs["layer"][0]), spread(page[:, None]), spread(head), spread(lax.rem(pos, spec.page)[:, None]))
     for name, number in (("k", 0), ("v", 1)):
-        x = _get(refs[name], source, _both(live, real)).astype(refs["kv"].dtype)
+        x = _new(refs, spec, name, source, _both(live, real)).astype(refs["kv"].dtype)
         plgpu.store(refs["cache"].at[(*where, spread(_lanes(spec, number)[0][None]))], x, mask=_both(live, real))
 
 
@@ -315,7 +335,7 @@ def chunk_kernel(refs, spec: Spec):
     live = (index < spec.tile * spec.group) & (token < new)
     spread = lambda x: jnp.broadcast_to(x, (len(index), spec.lanes))
     place = (spread((refs["start"][row] + token)[:, None]), spread(heads[:, None]), spread(lane[None]))
-    q = _get(refs["q"], place, _both(live, real)).astype(spec.dtype)
+    q = _new(refs, spec, "q", place, _both(live, real)).astype(spec.dtype)
     lowest = lambda pos: jnp.where(refs["window"][0] > 0, jnp.maximum(pos - refs["window"][0] + 1, 0), 0)
     pos, first = context + token, context + offset
     last = jnp.where(offset < new, context + jnp.minimum(offset + spec.tile, new) - 1, -1)

@@ -31,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import kv_scales
 from pallas_kernels.tuning import lookup
 from pallas_kernels.weight_formats import (
     CHIPS,
@@ -56,11 +57,11 @@ class Blocks(NamedTuple):
     columns: int  # of N
 
 
-def quantize_rows(x):
-    """Rounds each row of x [M, K] by its largest magnitude: (int8 [M, K], float32 [M, 1]), x = q * scale."""
+def quantize_rows(x, kind=jnp.int8):
+    """Rounds each row of x [M, K] by its largest magnitude: (int8 or float8_e4m3fn [M, K], float32 [M, 1]), x = q * scale."""
     x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-30) / 127.0
-    return jnp.round(x / scale).astype(jnp.int8), scale
+    scale = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-30) / kv_scales.largest(kind)
+    return kv_scales.rounded(kind, x / scale).astype(kind), scale
 
 
 def quantized_matmul(

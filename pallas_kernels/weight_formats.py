@@ -99,6 +99,17 @@ def mxfp4_values(w):
     return of.where(code < 8, size, -size)
 
 
+def turned_values(w, group: int):
+    """float32 [..., N, K] of weights two to a byte [..., N, K / 2], as quantized_matmul_gpu says, without their scales; NumPy of NumPy."""
+    pairs = w.reshape(*w.shape[:-1], w.shape[-1] // group, 1, group)
+    if w.dtype == jnp.uint8:
+        full = mxfp4_values(pairs)  # of [..., 1, group] bytes [..., 2, group]
+    else:
+        of: Any = np if isinstance(w, np.ndarray) else jnp
+        full = of.concatenate([(pairs << 4) >> 4, pairs >> 4], axis=-2).astype(jnp.float32)
+    return full.reshape(*w.shape[:-1], 2 * w.shape[-1])
+
+
 def values(w):
     """float32 [..., K, N] of stored weights, without their scales."""
     return mxfp4_values(w) if w.dtype == jnp.uint8 else w.astype(jnp.float32)

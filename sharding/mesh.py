@@ -1,4 +1,4 @@
-"""Device meshes from a one-line description such as "tp=4"."""
+"""Device meshes from a one-line description such as "dp=2,ep=2,tp=4"."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-# Axes that programs of this version use. tp: tensor parallel (heads, MLP columns, vocabulary).
-AXES = ("tp",)
+# Axis -> what it splits, in the order in which devices are numbered: those of the last one are next to each other.
+AXES = {
+    "dp": "requests: each replica has devices, weights and a cache of its own",
+    "ep": "experts; and whatever else is split over tp, where it divides that too",
+    "tp": "heads, columns of mlps and of each expert, the vocabulary",
+}
+REPLICAS = "dp"  # the axis that is no part of a program's mesh
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -21,17 +26,18 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise ValueError(f"mesh={text!r}: axis {name!r} is not supported in this version; legal: {', '.join(AXES)}")
         if name in sizes:
             raise ValueError(f"mesh={text!r}: axis {name!r} is there twice")
-        if not size.isdecimal() or int(size) < 1:
+        if not (size.isascii() and size.isdecimal() and len(size) < 10 and int(size)):
             raise ValueError(f"mesh={text!r}: {name} must be an integer >= 1")
         sizes[name] = int(size)
     return sizes
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh | None:
-    """A mesh over the first devices that it needs; None for one device. Raises ValueError when there are too few."""
-    need = int(np.prod(list(sizes.values()), dtype=np.int64))
+def make_meshes(sizes: dict[str, int], devices: Sequence[Any]) -> list[tuple[Mesh | None, Any]]:
+    """(mesh, its first device) of each replica, over the first devices that they need; the mesh is None for one device alone. Raises
+    ValueError when there are too few."""
+    need = int(np.prod(list(sizes.values()), dtype=object))
     if need > len(devices):
         raise ValueError(f"mesh of {need} devices: there are {len(devices)}")
-    if need == 1:
-        return None
-    return Mesh(np.array(devices[:need]).reshape(tuple(sizes.values())), tuple(sizes))
+    names = [axis for axis in AXES if axis in sizes and axis != REPLICAS]
+    blocks = np.array(devices[:need], dtype=object).reshape(sizes.get(REPLICAS, 1), *(sizes[axis] for axis in names))
+    return [(Mesh(block, tuple(names)) if block.size > 1 else None, block.flat[0]) for block in map(np.asarray, blocks)]

@@ -23,7 +23,7 @@ from llminfer.bench.kernels import AOT, TOPOLOGIES
 
 # Layers: for Gemma two patterns and what is left over.
 MODELS = {"llama3_8b": 3, "gemma3_4b": 14, "qwen3_30b_a3b": 3}
-QUANTIZE = (None, "int8", "int4", "mxfp4", "w8a8")
+QUANTIZE = (None, "int8", "fp8", "int4", "mxfp4", "w8a8", "w8a8_fp8")
 KINDS = ("decode", "mixed")
 SLOTS, CONTEXT, PAGE, CHUNK = 16, 2048, 16, 256
 CHIPS = [*TOPOLOGIES, "h100"]

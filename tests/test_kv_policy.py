@@ -13,6 +13,7 @@ import pytest
 from llminfer import LLM, SamplingParams, UserError, layers
 from llminfer.model import logits
 from llminfer.target import Target
+from pallas_kernels.rope import rotate
 
 POLICY = "sinks:3,window:20"
 
@@ -36,7 +37,7 @@ def streaming(engine, ids: list[int], sinks: int, window: int) -> np.ndarray:
 
     def turned(x, place: int):
         at = jnp.array([place])
-        return layers.rotate(x, layers.rope_tables(c, at, at + 1)[0])[0]
+        return rotate(x, layers.rope_tables(c, at, at + 1)[0])[0]
 
     for token in ids:
         x = params.embed[jnp.array([token])]

@@ -21,13 +21,13 @@ GPU = dataclasses.replace(PLAIN, kernels="triton-interpret", branches=False)
 C = from_toml("tiny")
 
 
-def mlp(target: Target, c: ModelConfig, x: jax.Array, norm: jax.Array, up: Any, down: Any) -> jax.Array:
+def mlp(target: Target, c: ModelConfig, x: jax.Array, norm: jax.Array, up: Any, down: Any, kind: str | None = None) -> jax.Array:
     """A residual stream through norm, mlp and the next norm, as model.run_layer does it."""
-    make = maker(None, ("embed", "mlp"), 1, target) or (lambda w: w)
-    before = (norm, None)
-    x, y, left = linear.entered(x, before, c, target)
-    y = linear.linear(y, make(up), c, target, before=left, act=True)
-    x = linear.linear(y, make(down), c, target, residual=x)
+    make = maker(kind, ("embed", "mlp"), 1, target) or (lambda w: w)
+    up, down, before = make(up), make(down), (norm, None)
+    x, y, left = linear.entered(x, before, c, target, up)
+    y = linear.linear(y, up, c, target, before=left, act=True, into=down)
+    x = linear.linear(y, down, c, target, residual=x)
     x, y, left = linear.entered(x, before, c, target)
     y = linear.norm(y, norm, None, c) if left else y
     return jnp.concatenate([x, y])
@@ -49,6 +49,25 @@ def test_a_mlp_with_what_goes_around_it(monkeypatch: pytest.MonkeyPatch, rows: i
     found, want = (np.asarray(jax.jit(mlp, static_argnums=(0, 1))(t, c, x, norm, up, down), np.float32) for t in (GPU, PLAIN))
     np.testing.assert_allclose(found, want, atol=0.02 * np.abs(want).max())
     assert called == (["matvec_gpu"] * 2 if rows == 1 else ["add_norm_gpu"])
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "w8a8_fp8"])
+def test_a_mlp_with_tokens_in_eight_bits(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Rounded with the gate; what is left to do is done with the next norm."""
+    keys = jax.random.split(jax.random.key(2), 4)
+    draw = lambda key, *shape: jax.random.normal(key, shape, jnp.float32).astype(jnp.bfloat16)
+    x, norm = draw(keys[0], 5, 1024), draw(keys[1], 1024)
+    up, down = draw(keys[2], 1024, 2048) / 32, draw(keys[3], 1024, 1024) / 32
+    called: list[Any] = []
+    for name in ("round_gpu", "add_norm_gpu"):
+        original = getattr(linear, name)
+        watch = lambda *args, name=name, original=original, **kw: called.append((name, kw.get("by") is not None)) or original(*args, **kw)
+        monkeypatch.setattr(linear, name, watch)
+    found, want = (np.asarray(jax.jit(mlp, static_argnums=(0, 1, 6))(t, C, x, norm, up, down, kind), np.float32) for t in (GPU, PLAIN))
+    assert called == [("round_gpu", False), ("round_gpu", True), ("add_norm_gpu", True)]
+    np.testing.assert_allclose(found, want, atol=(0.03 if kind == "w8a8" else 0.06) * np.abs(want).max())
+    gap = np.abs(want - np.asarray(mlp(PLAIN, C, x, norm, up, down), np.float32)).mean() / np.abs(want).mean()
+    assert 1e-3 < gap < (0.02 if kind == "w8a8" else 0.06)  # rounding shows, and not by much
 
 
 def test_tuned_products_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:

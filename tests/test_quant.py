@@ -16,6 +16,7 @@ from llminfer.errors import UserError
 from llminfer.linear import head_product, matmul
 from llminfer.quant import QTensor, Stacked, Turned, dequantize, maker, quantize_int4, quantize_int8, quantize_to_mxfp4
 from llminfer.target import Target, chip_of
+from pallas_kernels.quantized_matmul import quantize_rows
 
 CPU = Target.of("cpu")
 KERNEL = dataclasses.replace(CPU, kernels="interpret", chip="v5e")
@@ -65,7 +66,7 @@ def test_int8_error() -> None:
     assert (np.abs(dequantize(q) - w) <= np.abs(w).max(0) / 254 * 1.001).all()
 
 
-KINDS = ["int8", "int4", "mxfp4", "w8a8"]
+KINDS = ["int8", "fp8", "int4", "mxfp4", "w8a8", "w8a8_fp8"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,14 +76,15 @@ def test_product_of_a_stack_and_of_one_matrix(kind: str, target: Target) -> None
     for inner in (256, 192):  # the kernels take multiples of 128 only
         x, w = random(5, inner, seed=1), random(3, inner, 128, seed=2)
         made, plain = (maker(kind, ("layers", "embed", "mlp"), 1, t)(w) for t in (target, CPU))
-        assert made.by_token == (kind == "w8a8") and made.turned == (target is GPU)
+        assert made.by_token == kind.startswith("w8a8") and made.turned == (target is GPU)
         pairs = inner // 2 if kind == "mxfp4" or (kind == "int4" and inner == 256) else inner  # three groups of 64 share no bytes
-        assert made.q.dtype == (jnp.uint8 if kind == "mxfp4" and target is GPU else jnp.int8)
+        eight = jnp.float8_e4m3fn if kind.endswith("fp8") else jnp.int8
+        assert made.q.dtype == (jnp.uint8 if kind == "mxfp4" and target is GPU else eight)
         assert target is not GPU or made.q.shape == (3, 128, pairs)
         full = dequantize(plain).astype(np.float64)
-        rounded = kind == "w8a8" or (kind == "int8" and target is CPU)
-        amount = np.abs(np.asarray(x)).max(1, keepdims=True) / 127
-        seen = (np.round(np.asarray(x) / amount) * amount if rounded else np.asarray(x)).astype(np.float64)
+        rounded = kind.startswith("w8a8") or (kind == "int8" and target is CPU)
+        q, amount = quantize_rows(x, made.q.dtype if rounded else jnp.int8)
+        seen = np.asarray(q if rounded else x).astype(np.float64) * (np.asarray(amount) if rounded else 1)
         one = jax.tree.map(lambda leaf: leaf[2], made)
         close(jax.jit(lambda x, w: matmul(x, w, target))(x, one), seen @ full[2])
         inside = jax.jit(lambda x, w, layer: matmul(x, Stacked(w, layer), target))
@@ -99,7 +101,7 @@ def test_a_mesh_splits_the_kernel(kind: str, axes: tuple[str, str], target: Targ
     made, plain = (maker(kind, ("layers", *axes), 2 if axes[0] == "mlp" else 1, t)(w) for t in (target, CPU))
     product = jax.jit(lambda x, w, layer: matmul(x, Stacked(w, layer), target))
     y, full = product(x, made, jnp.int32(1)), np.asarray(x) @ dequantize(plain)[1]
-    close(y, full, 0.02 if kind == "w8a8" else 1e-5)
+    close(y, full, {"w8a8": 0.02, "w8a8_fp8": 0.05}.get(kind, 1e-5))
     if axes[1] == "mlp":
         assert y.sharding.shard_shape(y.shape) == (4, 128)
 
@@ -117,6 +119,7 @@ def logits(model: str, **settings) -> np.ndarray:
     [
         ("config:tiny_moe", "int4", 0.3, {"layout": "stacked"}),
         ("config:tiny_moe", "mxfp4", 0.3, {"layout": "stacked"}),
+        ("config:tiny_moe", "w8a8_fp8", 0.2, {"layout": "stacked"}),
         ("config:tiny", "w8a8", 0.05, {"layout": "stacked", "mesh": "tp=2"}),
     ],
 )

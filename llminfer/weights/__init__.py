@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llminfer.config import ModelConfig, from_toml
 from llminfer.errors import UserError, refuse
 from llminfer.progress import Progress
-from llminfer.weights import assemble, gguf, gguf_model, hf_names, hub, orbax, safetensors, store
+from llminfer.weights import assemble, gguf, gguf_model, hf_names, hf_quant, hub, orbax, safetensors, store
 from llminfer.weights.demo import demo_path
 from llminfer.weights.hf_config import architecture_of, from_hf
 
@@ -110,24 +110,22 @@ def _open_directory(path: Path) -> Checkpoint:
         foreign = f", and is an Orbax checkpoint without our {orbax.CARD}" if (path / "_CHECKPOINT_METADATA").exists() else ""
         raise UserError(f"{path}: has no config.json{foreign}; {LEGAL}")
     config, architecture = _read_config(path)
-    source = hf_names.HfSource(safetensors.SafetensorsSource(path), architecture, config)
+    source = hf_names.HfSource(hf_quant.Dequantized(safetensors.SafetensorsSource(path)), architecture, config)
     assemble.check(source, config, str(path))
     return Checkpoint(config, str(path), directory=path, tensors=source)
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, str]:
     data = _read_json(path / "config.json")
-    if data.get("quantization_config"):
-        raise UserError(
-            f"{path}: quantization_config: quantized Hugging Face checkpoints are not supported; legal: float32, float16, bfloat16"
-        )
     generation = path / "generation_config.json"
     if generation.is_file():
         # Where both name end tokens, text generation follows generation_config.json.
         eos = _read_json(generation).get("eos_token_id")
         data = data if eos is None else {**data, "eos_token_id": eos}
     try:
-        return from_hf(data, path.resolve().name), architecture_of(data)
+        architecture = architecture_of(data)
+        hf_quant.check(data, architecture, path)
+        return from_hf(data, path.resolve().name), architecture
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -31,10 +31,12 @@ Leaf = tuple[str, np.ndarray]
 # Leaf -> the parts that are joined in it; any other leaf is the part of its name.
 FUSED = {
     **{"qkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias")},
+    **{"qkv_a": ("q_a", "kv_a"), "qkv_a_bias": ("q_a_bias", "kv_a_bias")},
     **{"gate_up": ("gate", "up"), "gate_up_bias": ("gate_bias", "up_bias")},
     **{"experts_gate_up": ("experts_gate", "experts_up"), "shared_gate_up": ("shared_gate", "shared_up")},
+    "experts_gate_up_bias": ("experts_gate_bias", "experts_up_bias"),
 }
-MATRICES = ("qkv", "o", "gate_up", "down", "router", "shared_gate_up", "shared_down")
+MATRICES = ("qkv", "o", "qkv_a", "q_b", "gate_up", "down", "router", "shared_gate_up", "shared_down")
 EXPERTS = ("experts_gate_up", "experts_down")  # matrices, one an expert
 SHOWN_DIFFERENCES = 10
 # A transposed copy in square tiles touches each cache line once; whole rows would touch it once an element.
@@ -62,17 +64,19 @@ def part_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Part -> shape of everything that a model of this config has."""
     d, f, h, heads, kv_heads = c.hidden_size, c.intermediate_size, c.head_dim, c.num_heads, c.num_kv_heads
     q, kv = heads * h, kv_heads * h
-    layer: dict[str, tuple[int, ...]] = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
+    layer: dict[str, tuple[int, ...]] = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)} if not c.kv_rank else _latent_parts(c)
     mlp: dict[str, tuple[int, ...]] = {"up": (f, d), "down": (d, f)} | ({"gate": (f, d)} if c.gated else {})
     before = ("attn_norm", *(() if c.shared_norm else ("mlp_norm",))) if c.pre_norm else ()
     layer |= dict.fromkeys((*before, *(("attn_post_norm", "mlp_post_norm") if c.post_norm else ())), (d,))
     if c.norm_bias:
         layer |= {f"{name}_bias": (d,) for name in before}
-    if c.qk_norm:
+    if c.qk_norm not in ("", "unit"):
         norms = {"head": ((h,), (h,)), "heads": ((heads, h), (kv_heads, h)), "full": ((q,), (kv,))}
         layer |= dict(zip(("q_norm", "k_norm"), norms[c.qk_norm], strict=True))
-    biased = [*("qkv" if c.qkv_bias else ""), *("o" if c.o_bias else "")]
+    biased = [*(("q_a", "kv_a") if c.kv_rank else "qkv")] if c.qkv_bias else []
+    biased = [name for name in (*biased, *("o" if c.o_bias else "")) if name in layer]
     layer |= {f"{name}_bias": layer[name][:1] for name in biased}
+    layer |= {"sink_logits": (heads,)} if c.sink_logits else {}
     mlp |= {f"{name}_bias": shape[:1] for name, shape in mlp.items()} if c.mlp_bias else {}
     shapes: dict[str, tuple[int, ...]] = {"embed": (c.vocab_size, d)}
     if c.learned_positions:
@@ -83,9 +87,21 @@ def part_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes if c.tie_embeddings else shapes | {"lm_head": (c.vocab_size, d)}
 
 
+def _latent_parts(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    d, q, wide = c.hidden_size, c.num_heads * c.head_dim, c.num_heads * c.value_dim
+    queries: dict[str, tuple[int, ...]] = {"q": (q, d)}
+    if c.q_rank:
+        queries = {"q_a": (c.q_rank, d), "q_a_norm": (c.q_rank,), "q_b": (q, c.q_rank)}
+    shared = {"kv_a": (c.row_dim, d), "kv_a_norm": (c.kv_rank,)}
+    keys = c.num_heads * (c.head_dim - c.rope_head_dim)
+    return {**queries, **shared, "k_b": (keys, c.kv_rank), "v_b": (wide, c.kv_rank), "o": (d, wide)}
+
+
 def _expert_parts(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     d, e, m, s = c.hidden_size, c.num_experts, c.moe_intermediate_size, c.shared_intermediate_size
     parts: dict[str, tuple[int, ...]] = {"router": (e, d), "experts_gate": (e, m, d), "experts_up": (e, m, d), "experts_down": (e, d, m)}
+    parts |= {f"{name}_bias": shape[:2] for name, shape in parts.items() if name != "router"} if c.expert_bias else {}
+    parts |= {"router_bias": (e,)} if c.router_bias else {}
     shared = {"shared_gate": (s, d), "shared_up": (s, d), "shared_down": (d, s)} if s else {}
     return parts | shared | ({"shared_router": (1, d)} if c.shared_gate else {})
 
@@ -102,12 +118,14 @@ def leaves_of(params: Params) -> Iterator[tuple[str, Any]]:
     must be arrays: they come layer by layer."""
     top = ("embed", "positions", "final_norm", "final_norm_bias", "lm_head")
     yield from ((name, leaf) for name in top if (leaf := getattr(params, name)) is not None)
-    number = 0
+    for i, layer in enumerate(params.listed[: params.leading]):
+        yield from ((f"layers.{i}.{name}", leaf) for name, leaf in vars(layer).items() if leaf is not None)
+    number = params.leading
     for repeat in range(len(params.stacked[0].o) if params.stacked else 0):
         for layer in params.stacked:
             yield from ((f"layers.{number}.{name}", leaf[repeat]) for name, leaf in vars(layer).items() if leaf is not None)
             number += 1
-    for i, layer in enumerate(params.listed, start=number):
+    for i, layer in enumerate(params.listed[params.leading :], start=number):
         yield from ((f"layers.{i}.{name}", leaf) for name, leaf in vars(layer).items() if leaf is not None)
 
 
@@ -117,19 +135,19 @@ def layer_of(name: str) -> tuple[int | None, str]:
     return (int(parts[1]), parts[2]) if len(parts) == 3 else (None, name)
 
 
-def params_of(leaves: Mapping[str, Any], c: ModelConfig, first: int = 0) -> Params:
-    """The tree of named leaves, listed layout, of the layers from `first` on. Arrays are not copied."""
+def params_of(leaves: Mapping[str, Any], c: ModelConfig, without: range = range(0)) -> Params:
+    """The tree of named leaves, listed layout, of the layers that are not in `without`. Arrays are not copied."""
     from llminfer.params import Layer, Params
 
-    layers: list[dict[str, Any]] = [{} for _ in range(c.num_layers - first)]
+    layers: dict[int, dict[str, Any]] = {number: {} for number in range(c.num_layers) if number not in without}
     top = {}
     for name, leaf in leaves.items():
         number, field = layer_of(name)
         if number is None:
             top[name] = leaf
         else:
-            layers[number - first][field] = leaf
-    return Params(**top, stacked=(), listed=tuple(Layer(**fields) for fields in layers))
+            layers[number][field] = leaf
+    return Params(**top, stacked=(), listed=tuple(Layer(**fields) for fields in layers.values()))
 
 
 def check(source: Source, config: ModelConfig, where: str) -> None:
@@ -177,11 +195,16 @@ def read_leaves(source: Source, config: ModelConfig, progress: Progress | None =
 def _read_leaf(source: Source, c: ModelConfig, name: str) -> np.ndarray:
     prefix, _, leaf = name.rpartition(".")
     prefix += "." if prefix else ""
-    parts = FUSED.get(leaf, (leaf,))
-    if leaf.startswith("gate_up") and not c.gated:
-        parts = parts[1:]
-    arrays, dtype = _common([source.read(prefix + part) for part in parts])
+    arrays, dtype = _common([source.read(prefix + part) for part in _names(leaf, c)])
     return join(arrays, leaf, c).view(dtype)
+
+
+def _names(leaf: str, c: ModelConfig) -> tuple[str, ...]:
+    """The parts of a leaf."""
+    names = FUSED.get(leaf, (leaf,))
+    if (leaf.startswith("gate_up") and not c.gated) or (leaf.startswith("qkv_a") and not c.q_rank):
+        return names[1:]
+    return ("q",) if leaf == "q_b" and not c.q_rank else names
 
 
 def join(parts: list[np.ndarray], leaf: str, c: ModelConfig) -> np.ndarray:
@@ -194,16 +217,20 @@ def join(parts: list[np.ndarray], leaf: str, c: ModelConfig) -> np.ndarray:
         for expert, matrix in enumerate(out):
             matrix[:] = join([part[expert] for part in parts], leaf.removeprefix("experts_"), c)
         return out
+    if leaf in ("k_b", "v_b"):
+        return parts[0].reshape(c.num_heads, -1, c.kv_rank)
     if leaf not in MATRICES:
-        if leaf.startswith("qkv"):
+        if leaf == "qkv_bias":
             return np.concatenate([x.reshape(k, -1, h) for x in parts], axis=1).reshape(-1)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
     inside = parts[0].shape[1]
     if leaf != "qkv":
-        out = np.empty((inside, len(parts), parts[0].shape[0]), parts[0].dtype)
-        for i, part in enumerate(parts):
-            _transpose(part, out[:, i])
-        return out.reshape(inside, -1)
+        out = np.empty((inside, sum(len(part) for part in parts)), parts[0].dtype)
+        at = 0
+        for part in parts:
+            _transpose(part, out[:, at : at + len(part)])
+            at += len(part)
+        return out
     out = np.empty((inside, k, (g + 2) * h), parts[0].dtype)
     for j in range(k):
         at = 0
@@ -217,7 +244,9 @@ def join(parts: list[np.ndarray], leaf: str, c: ModelConfig) -> np.ndarray:
 def split(leaf: str, array: np.ndarray, c: ModelConfig) -> dict[str, np.ndarray]:
     """Part -> array of one leaf, without the layer's prefix: the inverse of `join`."""
     k, g, h = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
-    names = FUSED.get(leaf, (leaf,))
+    names = _names(leaf, c)
+    if leaf in ("k_b", "v_b"):
+        return {leaf: array.reshape(-1, c.kv_rank)}
     if leaf in ("q_norm", "k_norm"):
         return {leaf: array.reshape(-1, h) if c.qk_norm == "heads" else array}
     if leaf == "shared_router":
@@ -226,14 +255,14 @@ def split(leaf: str, array: np.ndarray, c: ModelConfig) -> dict[str, np.ndarray]
         pieces = np.split(array.swapaxes(1, 2), len(names), axis=1)
         return {name: np.ascontiguousarray(piece) for name, piece in zip(names, pieces, strict=True)}
     rows = array.T if leaf in MATRICES else array  # [out, ...]
-    if leaf.startswith("qkv"):
+    if leaf in ("qkv", "qkv_bias"):
         by_head = rows.reshape(k, g + 2, h, *rows.shape[1:])
         pieces = [by_head[:, :-2], by_head[:, -2], by_head[:, -1]]
         parts = [np.ascontiguousarray(x).reshape(-1, *rows.shape[1:]) for x in pieces]
-    elif leaf.startswith("gate_up") and not c.gated:
-        names, parts = names[1:], [rows]
+    elif leaf.startswith("qkv_a"):
+        parts = [rows[: c.q_rank], rows[c.q_rank :]][-len(names) :]
     else:
-        parts = np.split(rows, len(names))
+        parts = np.split(rows, len(names), axis=0 if leaf in MATRICES else -1)
     return {name: np.ascontiguousarray(part) for name, part in zip(names, parts, strict=True)}
 
 

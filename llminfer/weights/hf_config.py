@@ -11,6 +11,8 @@ from typing import Any
 
 from llminfer.config import LIMITS, ModelConfig, Rope
 from llminfer.errors import refuse, require_integer
+from llminfer.weights.hf_dialects import deepseek_head, gemma3_text, gpt2_inner, gpt_oss_rope, internlm_rotary, llama4_text
+from llminfer.weights.hf_experts import deepseek, experts, llama4
 from llminfer.weights.hf_fields import Fields
 from llminfer.weights.hf_rope import FULL, SLIDING, read_ropes
 
@@ -77,7 +79,7 @@ def from_hf(data: dict[str, Any], name: str) -> ModelConfig:
         value = f.number(number)
         fields |= {target: value} if value is not None else {}
     fields |= family.more(f, fields)
-    if fields.get("attn_scale") == sizes["head_dim"] ** -0.5:
+    if fields.get("attn_scale") == fields["head_dim"] ** -0.5:
         fields["attn_scale"] = None
     if "activation" not in fields:
         fields["activation"] = ACTIVATIONS[f.one_of("hidden_act", ACTIVATIONS)]
@@ -197,12 +199,18 @@ def _cohere2(f: Fields, count: int) -> Layers:
     return [(kind, kind == SLIDING) for kind in _types(f, count, _every(f, count))]
 
 
-def _smollm3(f: Fields, count: int) -> Layers:
+def _rotary(f: Fields, count: int) -> list[int]:
     """no_rope_layers: 1 where a layer has a rotary embedding, 0 where not."""
     interval = f.integer("no_rope_layer_interval") or 1
-    rotary = f.items("no_rope_layers", count) or [int((i + 1) % interval != 0) for i in range(count)]
+    given = f.items("no_rope_layers", count) if f.value("no_rope_layers") else None
+    rotary = given or [int((i + 1) % interval != 0) for i in range(count)]
     if any(type(x) is not int or x not in (0, 1) for x in rotary):
         raise f.refuse("no_rope_layers", rotary, "must be a list of 1 (with rope) and 0 (without)")
+    return rotary
+
+
+def _smollm3(f: Fields, count: int) -> Layers:
+    rotary = _rotary(f, count)
     slides = f.flag("use_sliding_window") and f.value("sliding_window") is not None
     types = _types(f, count, [SLIDING if slides and not x else FULL for x in rotary])
     if not slides and SLIDING in types:
@@ -222,35 +230,6 @@ def _gemma(f: Fields, fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gemma3_text(data: dict[str, Any]) -> dict[str, Any]:
-    """The text model of a config.json that also has a vision model. End tokens may stand outside (generation settings)."""
-    text = data.get("text_config")
-    if not isinstance(text, dict):
-        raise refuse("text_config", type(text).__name__, "must be an object")
-    outside = ("bos_token_id", "eos_token_id", "tie_word_embeddings")
-    return {**text, **{name: data[name] for name in outside if data.get(name) is not None}}
-
-
-def _gpt2_inner(data: dict[str, Any]) -> dict[str, Any]:
-    inner, width = data.get("n_inner"), data.get("n_embd")
-    return {**data, "n_inner": 4 * width} if inner is None and type(width) is int else data
-
-
-def _internlm_rotary(data: dict[str, Any]) -> dict[str, Any]:
-    """InternLM 1 has rotary: {base, type: origin or dynamic, scaling_factor}."""
-    rotary = data.get("rotary")
-    if rotary is None:
-        return data
-    if not isinstance(rotary, dict) or not rotary.keys() <= {"base", "type", "scaling_factor"} or data.get("rope_scaling"):
-        raise refuse("rotary", type(rotary).__name__, "must be an object with base, type and scaling_factor, without rope_scaling")
-    named = rotary.get("type", "dynamic")
-    if named not in ("origin", "dynamic"):
-        raise refuse("rotary.type", named if isinstance(named, str) else type(named).__name__, "legal: origin, dynamic")
-    scaling = {"type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)} if named == "dynamic" else None
-    rest = {name: value for name, value in data.items() if name != "rotary"}
-    return {**rest, "rope_theta": rotary.get("base", 10000), "rope_scaling": scaling}
-
-
 def _where_switched(f: Fields, count: int) -> Layers:
     """All layers slide where use_sliding_window says so."""
     return [(SLIDING if f.flag("use_sliding_window") and f.value("sliding_window") is not None else FULL, True)] * count
@@ -265,23 +244,11 @@ def _qwen2_moe(f: Fields, count: int) -> Layers:
     return [(kind, True) for kind in types]
 
 
-def _experts(f: Fields, fields: dict[str, Any]) -> dict[str, Any]:
-    """Experts in every decoder_sparse_step-th layer that is not among mlp_only_layers."""
-    step, dense = f.integer("decoder_sparse_step") or 1, f.value("mlp_only_layers") or []
-    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
-        raise f.refuse("mlp_only_layers", dense, "must be a list of layer numbers")
-    count, number = fields["num_layers"], f.required("num_experts")
-    layers = tuple((i + 1) % step == 0 and i not in dense for i in range(count))
-    found = {
-        "num_experts": number if any(layers) else 0,
-        "experts_per_token": f.required("num_experts_per_tok"),
-        "moe_intermediate_size": f.integer("moe_intermediate_size") or fields["intermediate_size"],
-        "moe_layers": layers[: next(p for p in range(1, count + 1) if all(layers[i] == layers[i - p] for i in range(p, count)))],
-        "norm_topk": f.flag("norm_topk_prob"),
-        "shared_intermediate_size": f.integer("shared_expert_intermediate_size", 0) or 0,
-    }
-    found["shared_gate"] = found["shared_intermediate_size"] > 0
-    return found if any(layers) else {}
+def _llama4(f: Fields, count: int) -> Layers:
+    """no_rope_layers as SmolLM3's; layers with a rotary embedding attend by chunks, where their size is given."""
+    rotary = _rotary(f, count)
+    chunks = f.value("sliding_window") is not None
+    return list(zip(_types(f, count, [SLIDING if x and chunks else FULL for x in rotary]), map(bool, rotary), strict=True))
 
 
 def _no_rope(f: Fields, count: int) -> Layers:
@@ -309,7 +276,7 @@ GEMMA2 = Family(
     layers=_alternating,
     more=_gemma,
 )
-MOE: dict[str, Any] = dict(names={"num_local_experts": "num_experts"}, more=_experts)
+MOE: dict[str, Any] = dict(names={"num_local_experts": "num_experts"}, more=experts)
 TRAINING = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
 GEMMA3_SIZES = {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8}
 GEMMA3: dict[str, Any] = dict(
@@ -328,6 +295,17 @@ OLMO: dict[str, Any] = dict(
     flags=ATTENTION_BIAS,
 )
 OLMO_DEFAULTS = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279}
+LLAMA4 = Family(
+    {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5}
+    | {"intermediate_size_mlp": 16384, "num_experts": 16, "num_experts_per_tok": 1, "sliding_window": 8192, "use_qk_norm": True}
+    | {"no_rope_layer_interval": 4, "attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1},
+    names={"num_local_experts": "num_experts", "attention_chunk_size": "sliding_window"},
+    flags=ATTENTION_BIAS,
+    ignored=("for_llm_compressor", *TRAINING),
+    layers=_llama4,
+    more=llama4,
+    prepare=llama4_text,
+)
 COHERE_DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "logit_scale": 0.0625, "tie_word_embeddings": True} | {
     "bos_token_id": 5,
     "eos_token_id": 255001,
@@ -367,6 +345,33 @@ FAMILIES: dict[str, Family] = {
         layers=_all_slide,
         ignored=TRAINING,
     ),
+    "GptOssForCausalLM": Family(
+        {"num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 150000.0}
+        | {"sliding_window": 128, "sliding_window_pattern": 2, "attention_bias": True, "bos_token_id": None, "eos_token_id": None}
+        | {"num_experts": 128, "num_experts_per_tok": 4, "norm_topk_prob": True},
+        **MOE,
+        fields={"sink_logits": True, "router_bias": "logits", "expert_bias": True, "activation": "clamped"},
+        flags=ATTENTION_BIAS,
+        only={"hidden_act": "silu", "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        ignored=("initial_context_length", "experts_per_token", *TRAINING),  # in the published files, beside fields that say the same
+        layers=_alternating,
+        prepare=gpt_oss_rope,
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        {"max_position_embeddings": 4096, "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048}
+        | {"n_shared_experts": 1, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "norm_topk_prob": True}
+        | {"routed_scaling_factor": 2.5, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+        | {"v_head_dim": 128, "bos_token_id": 0, "eos_token_id": 1},
+        names={"n_routed_experts": "num_experts"},
+        flags=ATTENTION_BIAS,
+        only={"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1, "rope_interleave": True},
+        # Further layers that draft tokens are not read; the rest speaks of training, or says again what others say.
+        ignored=("num_nextn_predict_layers", "num_mtp_layers", "ep_size", "aux_loss_alpha", "seq_aux", "qk_head_dim", *TRAINING),
+        more=deepseek,
+        prepare=deepseek_head,
+    ),
+    "Llama4ForCausalLM": LLAMA4,
+    "Llama4ForConditionalGeneration": LLAMA4,
     "GemmaForCausalLM": Family(
         {"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192, "hidden_act": "gelu", **GEMMA_TOKENS},
         fields={"norm_offset": 1.0},
@@ -376,7 +381,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": Family(**GEMMA3),
-    "Gemma3ForConditionalGeneration": Family(**GEMMA3, prepare=_gemma3_text),
+    "Gemma3ForConditionalGeneration": Family(**GEMMA3, prepare=gemma3_text),
     "Phi3ForCausalLM": Family(
         {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "eos_token_id": 32000},
         only={"full_attn_mod": 1, "interpolate_factor": 1},
@@ -444,7 +449,7 @@ FAMILIES: dict[str, Family] = {
         fields={**LAYER_NORM, "gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "learned_positions": True},
         more=lambda f, fields: {"attn_scale": None if f.flag("scale_attn_weights") else 1.0},
         layers=_no_rope,
-        prepare=_gpt2_inner,
+        prepare=gpt2_inner,
         ignored=("n_ctx",),
     ),
     "GPTNeoXForCausalLM": Family(
@@ -456,7 +461,7 @@ FAMILIES: dict[str, Family] = {
         partial_rotary=True,
     ),
     "InternLMForCausalLM": Family(
-        {"attention_bias": True}, names={"bias": "attention_bias"}, flags=ATTENTION_BIAS, prepare=_internlm_rotary
+        {"attention_bias": True}, names={"bias": "attention_bias"}, flags=ATTENTION_BIAS, prepare=internlm_rotary
     ),
     "InternLM2ForCausalLM": Family({"attention_bias": True}, names={"bias": "attention_bias"}, flags=ATTENTION_BIAS),
     "InternLM3ForCausalLM": Family(

@@ -24,7 +24,7 @@ IGNORED = frozenset(
 IGNORED_PREFIXES = ("_", "summary_", "unsloth_")
 # Where null is a choice of its own; elsewhere it means that the field is absent.
 NULL_IS_A_CHOICE = frozenset(
-    "num_key_value_heads sliding_window final_logit_softcapping attn_logit_softcapping bos_token_id eos_token_id".split()
+    "num_key_value_heads sliding_window final_logit_softcapping attn_logit_softcapping bos_token_id eos_token_id q_lora_rank".split()
 )
 LARGEST = 1e30
 

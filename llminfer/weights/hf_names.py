@@ -19,15 +19,17 @@ from llminfer.weights.assemble import join, part_shapes, split
 # What checkpoints carry beside the weights: rotary frequencies and causal masks, which the config determines.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))")
 # Parts of a multimodal checkpoint that the text model does not need.
-OTHER_MODES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+OTHER_MODES = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\..*")
 
 
 @dataclass(frozen=True)
 class Names:
     """The names of one family. modules: inside a layer, module -> the parts whose rows it joins; top: part -> module outside;
     layer: the prefix of layer {}. by_head: modules whose rows go by kv head: its queries, its key, its value. columns: matrices
-    are stored [in, out] (Conv1D). each: part -> the module {} that holds a row of it: a head's norm, an expert's matrix. optional: a
-    prefix of all names that some checkpoints leave out. interleaved: rotary pairs are elements (0, 1), (2, 3), ..."""
+    are stored [in, out] (Conv1D). each: part -> the module {} that holds a row of it: a head's norm, an expert's matrix. whole: tensors
+    of all experts (or none's) under their whole name -> the parts whose last axes they join, matrices [in, out]; alternating: by turns,
+    not one after the other. optional: a prefix of all names that some checkpoints leave out. interleaved: rotary pairs are elements
+    (0, 1), (2, 3), ... drafts: further layers that draft tokens follow those of the model, and are left out."""
 
     modules: Mapping[str, tuple[str, ...]]
     top: Mapping[str, str]
@@ -35,8 +37,11 @@ class Names:
     by_head: tuple[str, ...] = ()
     columns: bool = False
     each: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    alternating: bool = False
     optional: str = ""
     interleaved: bool = False
+    drafts: bool = False
 
 
 def _modules(**names: str) -> dict[str, tuple[str, ...]]:
@@ -108,6 +113,42 @@ MIXTRAL = Names(
     TOP,
     each={f"experts_{name}": f"block_sparse_moe.experts.{{}}.{own}" for name, own in (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
 )
+GPT_OSS = Names(
+    ATTENTION | NORMS | _modules(router="mlp.router"),
+    TOP,
+    whole={
+        "self_attn.sinks": ("sink_logits",),
+        **{f"mlp.experts.gate_up_proj{end}": (f"experts_gate{end}", f"experts_up{end}") for end in ("", "_bias")},
+        **{f"mlp.experts.down_proj{end}": (f"experts_down{end}",) for end in ("", "_bias")},
+    },
+    alternating=True,
+)
+DEEPSEEK = Names(
+    ATTENTION
+    | MLP
+    | NORMS
+    | _modules(q_a="self_attn.q_a_proj", q_a_norm="self_attn.q_a_layernorm", q_b="self_attn.q_b_proj")
+    | _modules(kv_a="self_attn.kv_a_proj_with_mqa", kv_a_norm="self_attn.kv_a_layernorm")
+    | {"self_attn.kv_b_proj": ("k_b", "v_b")}
+    | _modules(router="mlp.gate", shared_gate="mlp.shared_experts.gate_proj", shared_up="mlp.shared_experts.up_proj")
+    | _modules(shared_down="mlp.shared_experts.down_proj"),
+    TOP,
+    each=QWEN_MOE.each,
+    whole={"mlp.gate.e_score_correction_bias": ("router_bias",)},
+    by_head=("self_attn.kv_b_proj",),
+    interleaved=True,
+    drafts=True,
+)
+LLAMA4 = Names(
+    ATTENTION
+    | NORMS
+    | {f"feed_forward.{name}_proj": (name,) for name in ("gate", "up", "down")}
+    | {f"feed_forward.shared_expert.{name}_proj": (f"shared_{name}",) for name in ("gate", "up", "down")}
+    | _modules(router="feed_forward.router"),
+    TOP,
+    whole={"feed_forward.experts.gate_up_proj": ("experts_gate", "experts_up"), "feed_forward.experts.down_proj": ("experts_down",)},
+    interleaved=True,
+)
 # Architectures whose names are not Llama's.
 OTHERS = {
     **dict.fromkeys(("Olmo2ForCausalLM", "Olmo3ForCausalLM", "Exaone4ForCausalLM"), OLMO2),
@@ -116,12 +157,15 @@ OTHERS = {
     **{"StableLmForCausalLM": STABLELM, "Phi3ForCausalLM": PHI3, "Starcoder2ForCausalLM": STARCODER2, "GPT2LMHeadModel": GPT2},
     **{"GPTNeoXForCausalLM": GPT_NEOX, "InternLM2ForCausalLM": INTERNLM2, "ExaoneForCausalLM": EXAONE},
     **{"Qwen2MoeForCausalLM": QWEN_MOE, "Qwen3MoeForCausalLM": QWEN_MOE, "MixtralForCausalLM": MIXTRAL},
+    **{"Llama4ForCausalLM": LLAMA4, "Llama4ForConditionalGeneration": LLAMA4},
+    **{"GptOssForCausalLM": GPT_OSS, "DeepseekV3ForCausalLM": DEEPSEEK},
 }
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor: its shape, the parts it joins, and how: "rows", "columns" (transposed), "heads" (by kv head)."""
+    """One stored tensor: its shape, the parts it joins, and how: "rows", "columns" (transposed), "heads" (by kv head), "joined" or
+    "alternating" (Names.whole)."""
 
     shape: tuple[int, ...]
     parts: tuple[str, ...]
@@ -153,7 +197,18 @@ def stored_tensors(architecture: str, c: ModelConfig) -> dict[str, Tensor]:
             rows, *shape = shapes.get(f"layers.{i}.{part}", (0,))
             for row in range(rows):
                 found[f"{prefix}{module.format(row)}.weight"] = Tensor(tuple(shape), (f"layers.{i}.{part}#{row}",))
+        for name, parts in names.whole.items():
+            held = tuple(part for part in (f"layers.{i}.{part}" for part in parts) if part in shapes)
+            if held:
+                shape = _turned(shapes[held[0]])
+                how = "alternating" if names.alternating else "joined"
+                found[prefix + name] = Tensor((*shape[:-1], shape[-1] * len(held)), held, how)
     return found
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of experts' matrices [E, out, in]: [E, in, out]; of a bias itself."""
+    return (*shape[:-2], shape[-1], shape[-2]) if len(shape) == 3 else shape
 
 
 class Tensors(Protocol):
@@ -163,7 +218,9 @@ class Tensors(Protocol):
 
     def require_float(self, name: str) -> None: ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, columns: slice = slice(None)) -> np.ndarray:
+        """Of the last axis only these."""
+        ...
 
 
 class HfSource:
@@ -173,6 +230,7 @@ class HfSource:
         self._tensors, self._config = tensors, config
         names = OTHERS.get(architecture, LLAMA)
         self._interleaved = names.interleaved
+        self._draft = re.compile(rf"{re.escape(names.layer.format(0)).replace('0', '([0-9]+)')}.*") if names.drafts else None
         self._expected = stored_tensors(architecture, config)
         self._name = _aliases(tensors.shapes(), names.optional)
         self._home = {part: name for name, tensor in self._expected.items() for part in tensor.parts}
@@ -188,7 +246,7 @@ class HfSource:
             if tensor is None:
                 if name in ("lm_head.weight", "embed_out.weight"):
                     found["lm_head"] = stored[ours]
-                elif not IGNORED.fullmatch(name) and not OTHER_MODES.fullmatch(name):
+                elif not IGNORED.fullmatch(name) and not OTHER_MODES.fullmatch(name) and not self._drafts(name):
                     found[ours] = stored[ours]
             elif stored[ours] == tensor.shape:
                 found |= {part: self._parts[part] for part in tensor.parts if "#" not in part}
@@ -199,6 +257,10 @@ class HfSource:
         missing = {row for part in whole for row in rows[part] if self._home[row] not in self._name}
         return found | {part: self._parts[part] for part in whole if not missing & set(rows[part])}
 
+    def _drafts(self, name: str) -> bool:
+        found = self._draft and self._draft.fullmatch(name)
+        return bool(found) and int(found[1]) >= self._config.num_layers
+
     def stored(self, part: str) -> str:
         return self._home.get(part) or self._home.get(f"{part}#0") or part
 
@@ -207,6 +269,9 @@ class HfSource:
             return np.stack([self.read(f"{part}#{head}") for head in range(self._parts[part][0])])
         name = self._home[part]
         tensor = self._expected[name]
+        if tensor.how in ("joined", "alternating"):
+            array = self._tensors.read(self._name[name], _columns(tensor, tensor.parts.index(part)))
+            return array.swapaxes(1, 2) if array.ndim == 3 else array
         array = self._tensors.read(self._name[name])
         if tensor.how == "columns":
             array = array.T
@@ -219,21 +284,35 @@ class HfSource:
         return _reorder(array, part, self._config, (-1, 2)) if self._interleaved else array
 
 
+def _columns(tensor: Tensor, at: int) -> slice:
+    """Which of its last axis are those of part number `at`."""
+    count = len(tensor.parts)
+    size = tensor.shape[-1] // count
+    return slice(at, None, count) if tensor.how == "alternating" else slice(at * size, (at + 1) * size)
+
+
 def _reorder(array: np.ndarray, part: str, c: ModelConfig, pairs: tuple[int, int]) -> np.ndarray:
-    """Elements of each head of queries and keys taken as a matrix of this shape and turned: (-1, 2) brings rotary pairs from
-    interleaved to half-split order, (2, -1) back."""
+    """Elements of each head of queries and keys (with latents: the last of them) taken as a matrix of this shape and turned: (-1, 2)
+    brings rotary pairs from interleaved to half-split order, (2, -1) back."""
     name = part.rpartition(".")[2]
-    if name.removesuffix("_bias").removesuffix("_norm") not in ("q", "k"):
+    own = name.removesuffix("_bias").removesuffix("_norm")
+    if own not in ("q", "k", "q_b", "kv_a") or name == "kv_a_norm":
         return array
-    heads = array.size // c.head_dim if name.endswith(("_norm", "_bias")) else array.shape[0] // c.head_dim
-    size = {-1: c.head_dim // 2, 2: 2}
+    width, rotated = c.row_dim if own == "kv_a" else c.head_dim, c.rope_head_dim or c.head_dim
     rest = () if name.endswith(("_norm", "_bias")) else array.shape[1:]
-    by_pairs = array.reshape(heads, *(size[n] for n in pairs), *rest)
-    return np.ascontiguousarray(by_pairs.swapaxes(1, 2)).reshape(array.shape)
+    by_head = array.reshape(-1, width, *rest)
+    size = {-1: rotated // 2, 2: 2}
+    by_pairs = by_head[:, width - rotated :].reshape(len(by_head), *(size[n] for n in pairs), *rest)
+    turned = by_pairs.swapaxes(1, 2).reshape(len(by_head), rotated, *rest)
+    return np.concatenate([by_head[:, : width - rotated], turned], axis=1).reshape(array.shape)
 
 
 def _heads(array: np.ndarray, parts: tuple[str, ...], part: str, c: ModelConfig) -> np.ndarray:
-    """The rows of one part of a tensor that goes by kv head, which is the order of our own fused leaf."""
+    """The rows of one part of a tensor that goes by kv head, which is the order of our own fused leaf; of one that makes keys and values
+    of latents, by head."""
+    if c.kv_rank:
+        by_head, key = array.reshape(c.num_heads, -1, c.kv_rank), c.head_dim - c.rope_head_dim
+        return (by_head[:, :key] if parts.index(part) == 0 else by_head[:, key:]).reshape(-1, c.kv_rank)
     pieces = split("qkv_bias" if array.ndim == 1 else "qkv", array.T, c)
     return list(pieces.values())[parts.index(part)]
 
@@ -273,7 +352,14 @@ def _stored(held: dict[str, np.ndarray], tensor: Tensor, c: ModelConfig) -> np.n
     if head:
         return held[first][int(head)]
     arrays = [held[part] for part in tensor.parts]
+    if tensor.how == "heads" and c.kv_rank:
+        return np.concatenate([array.reshape(c.num_heads, -1, c.kv_rank) for array in arrays], axis=1).reshape(tensor.shape)
     if tensor.how == "heads":
         return np.ascontiguousarray(join(arrays, "qkv_bias" if arrays[0].ndim == 1 else "qkv", c).T)
+    if tensor.how in ("joined", "alternating"):
+        found = np.empty(tensor.shape, arrays[0].dtype)
+        for at, array in enumerate(arrays):
+            found[..., _columns(tensor, at)] = array.swapaxes(1, 2) if array.ndim == 3 else array
+        return found
     whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     return np.ascontiguousarray(whole.T) if tensor.how == "columns" else whole

@@ -65,8 +65,8 @@ def _rope(f: Fields, head_dim: int, original: int | None, max_position: int) -> 
     if kind == "yarn":
         return _yarn(f, common)
     low, high = _needed(f, "low_freq_factor", kind), _needed(f, "high_freq_factor", kind)
-    if low >= high:
-        raise f.refuse("low_freq_factor", low, f"must be under high_freq_factor={high}")
+    if low > high:
+        raise f.refuse("low_freq_factor", low, f"must be at most high_freq_factor={high}")
     return Rope(**common, low_freq_factor=low, high_freq_factor=high)
 
 

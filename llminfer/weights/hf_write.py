@@ -6,6 +6,7 @@ same ModelConfig is taken. The dialect is that of transformers 4, which 5 reads 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +25,13 @@ MODEL_TYPES = {
     **{"GPTNeoXForCausalLM": "gpt_neox", "Exaone4ForCausalLM": "exaone4"},
     **{"CohereForCausalLM": "cohere", "Cohere2ForCausalLM": "cohere2"},
     **{"MixtralForCausalLM": "mixtral", "Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3MoeForCausalLM": "qwen3_moe"},
+    **{"GptOssForCausalLM": "gpt_oss", "DeepseekV3ForCausalLM": "deepseek_v3", "Llama4ForCausalLM": "llama4_text"},
 }
 # Readings of layers whose window and type are both written.
 BY_TYPE = (hf_config._alternating, hf_config._qwen, hf_config._rope_where_sliding, hf_config._smollm3, hf_config._cohere2)
 BY_TYPE += (hf_config._qwen2_moe,)
 SWITCHED = (hf_config._qwen, hf_config._smollm3, hf_config._qwen2_moe)
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+ACTIVATIONS = {"clamped": "silu", "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def to_hf(c: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -124,6 +126,33 @@ def _experts(c: ModelConfig) -> dict[str, Any]:
     return {**sizes, "norm_topk_prob": c.norm_topk, "mlp_only_layers": dense}
 
 
+def _local_experts(c: ModelConfig) -> dict[str, Any]:
+    return {"num_local_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token}
+
+
+def _deepseek(c: ModelConfig) -> dict[str, Any]:
+    sizes = {"kv_lora_rank": c.kv_rank, "q_lora_rank": c.q_rank or None, "v_head_dim": c.value_dim, "qk_rope_head_dim": c.rope_head_dim}
+    sizes |= {"qk_nope_head_dim": c.head_dim - c.rope_head_dim, "num_key_value_heads": c.num_heads}
+    router = {"n_group": c.router_groups, "topk_group": c.router_groups_used, "routed_scaling_factor": c.routed_scale}
+    shared = {"n_shared_experts": c.shared_intermediate_size // (c.moe_intermediate_size or 1), "norm_topk_prob": c.norm_topk}
+    counts = {"n_routed_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token, "first_k_dense_replace": c.dense_layers}
+    rope, larger = c.ropes[0], ((c.attn_scale or c.head_dim**-0.5) * c.head_dim**0.5) ** 0.5
+    weight = round((larger - 1) / (0.1 * math.log(rope.factor)), 9) if rope.kind == "yarn" else 0
+    scaling = {"rope_scaling": {**_scaling(rope), "mscale_all_dim": weight}} if weight else {}
+    widths = {"moe_intermediate_size": c.moe_intermediate_size, "head_dim": c.rope_head_dim}
+    return {**sizes, **router, **shared, **counts, **widths, **scaling}
+
+
+def _llama4(c: ModelConfig) -> dict[str, Any]:
+    layers = range(c.num_layers)
+    kinds = ["chunked_attention" if c.window(i) else FULL for i in layers]
+    types = {"layer_types": kinds, "no_rope_layers": [int(c.rope(i) >= 0) for i in layers], "attention_chunk_size": max(c.windows) or None}
+    tuned = {"attn_temperature_tuning": c.query_floor > 0, "use_qk_norm": c.qk_norm == "unit"}
+    tuned |= {"floor_scale": c.query_floor, "attn_scale": c.query_scale} if c.query_floor else {}
+    widths = {"intermediate_size": c.moe_intermediate_size or c.intermediate_size, "intermediate_size_mlp": c.intermediate_size}
+    return {**_local_experts(c), **widths, **types, **tuned, "moe_layers": [i for i in layers if c.has_experts(i)]}
+
+
 def _gemma(c: ModelConfig) -> dict[str, Any]:
     scalar = c.head_dim if c.attn_scale is None else round(c.attn_scale**-2, 6)
     return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
@@ -137,7 +166,9 @@ EXTRA: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "StableLmForCausalLM": lambda c: {"qk_layernorm": c.qk_norm == "heads"},
     "CohereForCausalLM": lambda c: {"use_qk_norm": c.qk_norm == "heads"},
     "GPT2LMHeadModel": lambda c: {"scale_attn_weights": c.attn_scale is None},
-    "MixtralForCausalLM": lambda c: {"num_local_experts": c.num_experts, "num_experts_per_tok": c.experts_per_token},
+    **dict.fromkeys(("MixtralForCausalLM", "GptOssForCausalLM"), _local_experts),
     "Qwen2MoeForCausalLM": lambda c: {**_experts(c), "shared_expert_intermediate_size": c.shared_intermediate_size},
     "Qwen3MoeForCausalLM": _experts,
+    "DeepseekV3ForCausalLM": _deepseek,
+    "Llama4ForCausalLM": _llama4,
 }

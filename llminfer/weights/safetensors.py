@@ -139,9 +139,13 @@ class SafetensorsSource:
     def require_float(self, name: str) -> None:
         self._files[name].require_float(name)
 
-    def read(self, name: str) -> np.ndarray:
-        """Tensor `name` as stored; see SafetensorsFile.read."""
-        return self._files[name].read(name)
+    def dtype(self, name: str) -> np.dtype:
+        return self._files[name].tensors[name][0]
+
+    def read(self, name: str, columns: slice = slice(None)) -> np.ndarray:
+        """Tensor `name` as stored, of its last axis these; see SafetensorsFile.read."""
+        array = self._files[name].read(name)
+        return array if columns == slice(None) else array[..., columns]
 
 
 def read_bounded(path: Path, most: int = MAX_JSON) -> bytes:

@@ -61,6 +61,11 @@ EXAONE = {
     **{"rope_theta": 5000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}, "tie_word_embeddings": True},
 }
 
+LLAMA4 = {**RMS, "num_hidden_layers": 6, "head_dim": 24, "intermediate_size": 40, "intermediate_size_mlp": 96, "num_local_experts": 5}
+LLAMA4 |= {"interleave_moe_layer_step": 2, "no_rope_layer_interval": 3, "attention_chunk_size": 20, "floor_scale": 8, "attn_scale": 0.4}
+LLAMA4_PLAIN = {"use_qk_norm": False, "attn_temperature_tuning": False}
+LLAMA4 |= {"rope_parameters": {**LLAMA3, "low_freq_factor": 1.0, "high_freq_factor": 1.0}}
+
 # Name -> (architecture, fields of its config). What transformers calls by another name is built from PEERS.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_bias_yarn": ("LlamaForCausalLM", {**RMS, "attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
@@ -190,6 +195,32 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**RMS, "head_dim": 24, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
         | {"mlp_only_layers": [1], "rope_parameters": default_rope(3000.0)},
     ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {**COMMON, "num_key_value_heads": 4, "num_hidden_layers": 4, "first_k_dense_replace": 1, "moe_intermediate_size": 40}
+        | {"n_routed_experts": 12, "num_experts_per_tok": 3, "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "rms_norm_eps": 1e-5}
+        | {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20}
+        | {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}, "num_nextn_predict_layers": 0},
+    ),
+    "deepseek_v3_plain": (  # as Kimi-K2: one group; and queries without a latent
+        "DeepseekV3ForCausalLM",
+        {**COMMON, "num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 0, "moe_intermediate_size": 40}
+        | {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+        | {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 12, "v_head_dim": 8}
+        | {"attention_bias": True, "routed_scaling_factor": 1.5, "rope_parameters": default_rope(900.0), "num_nextn_predict_layers": 0},
+    ),
+    "llama4": ("Llama4ForCausalLM", LLAMA4),
+    "llama4_vision": (
+        "Llama4ForConditionalGeneration",
+        {"text_config": {**LLAMA4, "num_hidden_layers": 4, "no_rope_layer_interval": 2, "moe_layers": [1, 2], **LLAMA4_PLAIN}}
+        | {"vision_config": {**VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}}
+        | {"image_token_index": 127, "boi_token_index": 126, "eoi_token_index": 125},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {**RMS, "head_dim": 24, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": WINDOW}
+        | {"rope_parameters": {**YARN, "truncate": False}},
+    ),
     "mixtral": (
         "MixtralForCausalLM",
         {**RMS, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": WINDOW, "rope_parameters": default_rope(900.0)},
@@ -226,8 +257,10 @@ def weights(shapes: dict[str, list[int]], model: str) -> dict[str, np.ndarray]:
             value = value * 0.5 + center + (0.4 if any(s in name for s in ("q_norm", "k_norm", "_layernorm.norms")) else 0.0)
         elif any(part in name for part in ("embed", "wte", "wpe", "lm_head", "output.weight")):
             value = value * (0.2 if model.startswith("gemma") else 0.5 if tied else 0.7)  # Gemma scales its embeddings by 8
+        elif name.endswith("experts.gate_up_proj") and model.startswith("gpt_oss"):
+            value = value * 8.0 / shape[-2] ** 0.5  # so that its limits act
         else:
-            attends = any(part in name for part in ("q_proj", "k_proj", "qkv", "query_key_value", "c_attn"))
+            attends = any(part in name for part in ("q_proj", "q_b_proj", "k_proj", "qkv", "query_key_value", "c_attn"))
             value = value * (2.5 if attends else 1.7) / shape[-1] ** 0.5
         tensors[name] = np.ascontiguousarray(value, np.float32)
     return tensors
@@ -249,7 +282,9 @@ def to_v4(config: dict[str, Any], architecture: str = "") -> dict[str, Any]:
     architecture = architecture or config["architectures"][0]
     old = dict(config)
     if "text_config" in config:
-        return old | {"text_config": to_v4(config["text_config"], "Gemma3ForCausalLM")}
+        text = to_v4(config["text_config"], architecture.replace("ConditionalGeneration", "CausalLM"))
+        vision = {name: value for name, value in config["vision_config"].items() if name != "rope_parameters"}
+        return old | {"text_config": text, "vision_config": vision}
     if "dtype" in old:
         old["torch_dtype"] = old.pop("dtype")
     if architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Cohere2ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):

@@ -127,6 +127,8 @@ def load(model_class: Any, folder: Path, tensors: Tensors) -> transformers.PreTr
 @torch.inference_mode()
 def logits_of(model: transformers.PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     """float32 [len, vocab]: the logits at every position of `ids`, computed without a cache."""
+    if type(model).__name__ == "Llama4ForConditionalGeneration":
+        model = model.language_model  # its own forward asks for images (transformers 5.24)
     return model(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0].float().numpy()
 
 
@@ -149,10 +151,14 @@ def build(name: str, folder: Path) -> tuple[dict[str, Any], Shapes, transformers
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes families.npz with torch and transformers.")
     parser.add_argument("--only", nargs="*", help="look at these models, store nothing")
-    only = parser.parse_args().only
+    parser.add_argument("--add", nargs="*", help="make these models, and leave the others as they are")
+    only, add = (vars(parser.parse_args())[name] for name in ("only", "add"))
     torch.set_num_threads(2)
     arrays: dict[str, np.ndarray] = {}
-    for name in only or MODELS:
+    if add:
+        with np.load(FILE) as there:
+            arrays |= {name: there[name] for name in there}
+    for name in only or add or MODELS:
         with tempfile.TemporaryDirectory() as folder:
             config, shapes, model = build(name, Path(folder))
         ids = ((uniform((PROMPT_LEN,), f"{name}/ids") + 1) * VOCAB / 2).astype(np.int32).clip(3, 120)

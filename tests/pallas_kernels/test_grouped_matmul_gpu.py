@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul_gpu import Tiles, default_tiles, fits, grouped_matmul_gpu
+from pallas_kernels.quantized_matmul_gpu import for_gpu
 
 bf16, f32, i8 = jnp.bfloat16, jnp.float32, jnp.int8
 
@@ -28,8 +29,10 @@ class Case:
     bias: bool = False
     activation: str | None = None
     tiles: Tiles | None = None
+    group: int = 0  # of turned weights, int4 or (uint8) MXFP4
 
 
+i4, mx = jnp.int4, jnp.uint8
 CASES = {
     "ragged": Case((1, 0, 15, 17, 33)),
     "all": Case((0, 70, 0), activation="silu"),
@@ -40,6 +43,12 @@ CASES = {
     "float32": Case((3, 40, 1), dtype=f32, activation="silu"),
     "int8": Case((20, 0, 31), weights=i8),
     "int8_gated": Case((20, 0, 31), weights=i8, bias=True, activation="silu"),
+    "int4": Case((1, 0, 15, 17, 33), weights=i4, group=64),
+    "int4_gated": Case((3, 0, 1), rows=6, inner=256, columns=64, weights=i4, group=128, bias=True, activation="silu"),
+    "int4_several_groups": Case((9, 21), weights=i4, group=32, activation="gelu", tiles=Tiles(32, 32, 64, 2, 4)),
+    "int4_part_of_a_group": Case((9, 21), inner=256, weights=i4, group=128, tiles=Tiles(16, 64, 64, 2, 4)),
+    "mxfp4_gated": Case((3, 0, 1), rows=6, inner=192, columns=64, weights=mx, group=32, bias=True, activation="clamped"),
+    "mxfp4": Case((20, 0, 31), weights=mx, group=32),
     "narrow": Case((9, 21), inner=96, columns=64, tiles=Tiles(32, 32, 32, 2, 4)),
 }
 
@@ -49,17 +58,27 @@ def build(case: Case) -> tuple[Any, Any, Any, dict[str, Any]]:
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), case.dtype)
     x = draw(case.rows, case.inner).at[sum(case.sizes) :].set(jnp.nan)
     shape = (2, len(case.sizes), case.inner, case.columns * (2 if case.activation else 1))
-    w = draw(*shape) / 8 if case.weights is None else jnp.asarray(rng.integers(-127, 128, shape), case.weights)
-    more: dict[str, Any] = {} if case.weights is None else dict(scale=jnp.asarray(rng.uniform(0.001, 0.002, (*shape[:2], shape[3])), f32))
+    if case.weights in (i4, mx):  # as they lie untouched; turned by `check`
+        stored = shape if case.weights == i4 else (*shape[:2], case.inner // 2, shape[3])
+        w = jnp.asarray(rng.integers(-8, 8, stored) if case.weights == i4 else rng.integers(0, 256, stored), jnp.int32).astype(case.weights)
+    else:
+        w = draw(*shape) / 8 if case.weights is None else jnp.asarray(rng.integers(-127, 128, shape), case.weights)
+    of_scale = (*shape[:2], case.inner // case.group, shape[3]) if case.group else (*shape[:2], shape[3])
+    scale = rng.uniform(0.001, 0.002, of_scale) * (16 if case.group else 1)
+    scale = np.exp2(np.round(np.log2(scale))) if case.weights == mx else scale
+    more: dict[str, Any] = {} if case.weights is None else dict(scale=jnp.asarray(scale, bf16 if case.weights == mx else f32))
     more |= dict(bias=draw(*shape[:2], shape[3])) if case.bias else {}
     return x, w, jnp.array(case.sizes, jnp.int32), more | dict(layer=jnp.int32(1), activation=case.activation)
 
 
 def check(case: Case, interpret: bool) -> None:
     x, w, sizes, more = build(case)
-    found = jax.jit(
-        lambda x, w, sizes, more: grouped_matmul_gpu(x, w, sizes, **more, activation=case.activation, tiles=case.tiles, interpret=interpret)
-    )(x, w, sizes, {name: a for name, a in more.items() if name != "activation"})
+    how: dict[str, Any] = dict(activation=case.activation, turned=case.group > 0, tiles=case.tiles, interpret=interpret)
+    held = for_gpu(w, more["scale"]) if case.group else w
+    assert fits(x, held, more.get("scale"), case.group > 0)
+    found = jax.jit(lambda x, w, sizes, more: grouped_matmul_gpu(x, w, sizes, **more, **how))(
+        x, held, sizes, {name: a for name, a in more.items() if name != "activation"}
+    )
     wide = {name: a.astype(f32) if name == "bias" else a for name, a in more.items()}
     want = grouped_matmul(x.astype(f32), w.astype(f32) if case.weights is None else w, sizes, **wide)
     assert found.dtype == case.dtype and found.shape == (case.rows, case.columns)

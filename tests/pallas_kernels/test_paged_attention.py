@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_paged_attention_tpu import CASES, PROGRAMS, Case, Program, build, check_equal, oracle
 
@@ -68,3 +69,28 @@ def test_refuses(change: dict, message: str) -> None:
             layer=0, page_table=jnp.zeros((change.get("rows", 1), 2), jnp.int32), q_start=row, q_len=row, kv_len=row, window=0,
             scale=1.0, q_max=change.get("q_max", 1), impl=change.get("impl", "reference"), sinks=change.get("sinks", 0),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["reference", "batched", "interpret", "triton-interpret"])
+def test_a_token_sees_its_own_chunk_up_to_itself(impl: str) -> None:
+    """One that decodes, a prompt over three chunks, a chunk's last token and the next one's first; kernels leave it to the reference."""
+    rng, chunk, page = np.random.default_rng(3), 20, 8
+    q_len, kv_len = np.array([1, 50, 1, 1], np.int32), np.array([33, 50, 40, 41], np.int32)
+    start = np.cumsum([0, *q_len[:-1]], dtype=np.int32)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)
+    q, k, v, old = draw(53, 4, 16), draw(53, 2, 16), draw(53, 2, 16), draw(4, 56, 2, 32)
+    table = rng.permutation(30)[:28].reshape(4, 7).astype(np.int32)
+    kv = np.full((1, 30, 2, page, 32), np.nan, np.float32)
+    wanted = np.zeros_like(q)
+    for row, (first, new, length) in enumerate(zip(start, q_len, kv_len, strict=True)):
+        for at in range((length - new) // chunk * chunk, length - new):  # nothing before this chunk is there any more
+            kv[0, table[row, at // page], :, at % page] = old[row, at]
+        old[row, length - new : length] = np.concatenate([k, v], axis=-1)[first : first + new]
+        for i, at in enumerate(range(length - new, length)):
+            seen = old[row, at // chunk * chunk : at + 1].repeat(2, axis=1)
+            weights = np.exp(np.einsum("hd,thd->ht", q[first + i], seen[..., :16]) * 0.25)
+            wanted[first + i] = np.einsum("ht,thd->hd", weights / weights.sum(1, keepdims=True), seen[..., 16:])
+    rows = dict(page_table=table, q_start=start, q_len=q_len, kv_len=kv_len, layer=0, window=chunk)
+    attend = functools.partial(paged_attention, scale=0.25, q_max=50, chunked=True, impl=impl, chip="v5e")
+    out, _ = jax.jit(attend)(q, k, v, kv, **jax.tree.map(jnp.asarray, rows))
+    np.testing.assert_allclose(out, wanted, atol=1e-5, rtol=0)

@@ -12,6 +12,7 @@ import pytest
 from test_paged_attention_tpu import FP8, QUICK, Case, Program, build, check_equal, oracle
 
 from pallas_kernels import paged_attention_gpu as module
+from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention_gpu import Sizes, decode_sizes, paged_attention_gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -72,6 +73,38 @@ def test_matches_oracle_on_gpu(case: Case, tuned: bool) -> None:
     q, k, v, kv, data = build(program, case)
     found = call(program, False, tuned)(q, k, v, kv, **data)
     check_equal(program, found, oracle(program, q, k, v, kv, data, found))
+
+
+def check_packed(name: str, q_len, kv_len, pairs: int, interpret: bool) -> None:
+    """Rows as a projection leaves them give what they give when they are taken apart and rotated before."""
+    program = PROGRAMS[name]
+    q, k, v, kv, data = build(program, Case("", q_len, kv_len))
+    rng, tokens = np.random.default_rng(1), len(q)
+    packed = np.concatenate([np.reshape(q, (tokens, program.kv_heads, -1, program.head_dim)), k[:, :, None], v[:, :, None]], axis=2)
+    angle = rng.uniform(0, 6, (tokens, 1, 1, pairs)).astype(np.float32)
+    cos, sin = np.cos(angle), np.sin(angle)
+    rope = (np.concatenate([cos, cos], 2), np.concatenate([-sin, sin], 2)) if pairs else None
+    static = dict(scale=0.2, q_max=program.q_max)
+    attend = lambda impl: jax.jit(lambda x, kv, rope, data: paged_attention(x, None, None, kv, rope=rope, impl=impl, **static, **data))
+    found = attend("triton-interpret" if interpret else "triton")(packed, kv, rope, data)
+    want = attend("reference")(packed, kv, rope, data)
+    close = dict(rtol=2e-2, atol=2e-2) if program.dtype == jnp.bfloat16 else dict(rtol=1e-5, atol=2e-5)
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), **close)
+
+
+PACKED = [("decode", *EDGES, 32), ("decode_head64", (1, 1, 1), (33, 8, 61), 16), ("mix", MIX_Q, MIX_KV, 32), ("mix_mha", MIX_Q, MIX_KV, 0)]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=lambda case: case[0])
+def test_takes_rows_apart_and_rotates_them(case) -> None:
+    check_packed(*case, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", PACKED, ids=lambda case: case[0])
+def test_takes_rows_apart_and_rotates_them_on_gpu(case) -> None:
+    check_packed(*case, interpret=False)
 
 
 @pytest.mark.parametrize("change", [dict(sinks=4), dict(tree=2)])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_quantized_matmul import oracle
 
+from pallas_kernels import quantized_matmul_gpu as module
 from pallas_kernels.quantized_matmul_gpu import MOST_ROWS, TUNED, Tiles, _guess, _legal, for_gpu, quantized_matmul_gpu
 
 f32, bf16, i8, i4, f8, mx = jnp.float32, jnp.bfloat16, jnp.int8, jnp.int4, jnp.float8_e4m3fn, jnp.uint8
@@ -158,7 +159,7 @@ LEGAL = Case(i4, 128, rows=2, inner=512)
         (dict(group=16), "scale .* of int8"),
         (dict(weights=mx, group=64), "of MXFP4|scale"),
         (dict(weights=i8, group=0, minimum=True), "minimum"),
-        (dict(quantize_x=True), "needs int8 and a scale by channel"),
+        (dict(quantize_x=True), "needs int8 or float8_e4m3fn and a scale by channel"),
     ],
 )
 def test_refuses(change, message):
@@ -173,3 +174,37 @@ def test_refuses(change, message):
     call = lambda x, w, s, *least: quantized_matmul_gpu(x, w, s, quantize_x=case.quantize_x, minimum=least[0] if least else None)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(call, shape((case.rows, case.inner), case.x), w, scale, *([scale] if case.minimum else []))
+
+
+def check_tokens(kind, rows: int, splits: int, interpret: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(rows)
+    inner, columns = 256, 128
+    draw = lambda *shape: jnp.asarray(rng.integers(-127, 128, shape), i8).astype(kind)
+    q, w, amount, scale = (
+        draw(rows, inner),
+        draw(columns, inner),
+        jnp.asarray(rng.random((rows, 1)), f32),
+        jnp.asarray(rng.random((1, columns)), f32),
+    )
+    monkeypatch.setitem(module.TUNED_TOKENS, (w.dtype.name, inner, columns), Tiles(32, 64, 3, splits, 4))
+    sums, by = module.eight_bit_sums(q, amount, w, scale, interpret=interpret)
+    assert (by is None) == (rows > 32) and sums.shape == ((splits, rows, columns) if by is None and splits > 1 else (rows, columns))
+    y = np.asarray(sums, np.float64) * (1 if by is None else np.asarray(by[0]) * np.asarray(by[1]))
+    want = np.asarray(q, np.float64) @ np.asarray(w, np.float64).T * np.asarray(amount) * np.asarray(scale)
+    assert np.abs((y.sum(0) if y.ndim == 3 else y) - want).max() < (1e-5 if splits > 1 and by is None else 1e-2) * np.abs(want).max()
+
+
+TOKENS = [(i8, 64, 2), (f8, 40, 2), (i8, 33, 1), (f8, 5, 1)]
+
+
+@pytest.mark.parametrize(("kind", "rows", "splits"), TOKENS)
+def test_tokens_in_eight_bits(kind, rows: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_tokens(kind, rows, splits, True, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "rows", "splits"), TOKENS)
+def test_tokens_in_eight_bits_on_a_gpu(kind, rows: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Triton backend is deprecated")
+        check_tokens(kind, rows, splits, False, monkeypatch)

@@ -87,10 +87,38 @@ def test_absent_fields_are_those_of_the_config_class(architecture: str, families
     sizes = {"vocab_size": 300_000, "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 7, "num_attention_heads": 32}
     if architecture == "GPT2LMHeadModel":
         sizes = {"vocab_size": 300_000, "n_embd": 256, "n_layer": 7, "n_head": 32}
-    vision = architecture == "Gemma3ForConditionalGeneration"
-    config_class = getattr(families.transformers, "Gemma3ForCausalLM" if vision else architecture).config_class
+    vision = architecture.endswith("ForConditionalGeneration")
+    config_class = getattr(families.transformers, architecture.replace("ConditionalGeneration", "CausalLM")).config_class
     whole = {"architectures": [architecture], **config_class(**sizes).to_diff_dict()}
     sparse = {"architectures": [architecture], **sizes}
     if vision:
         whole, sparse = ({"architectures": [architecture], "text_config": part} for part in (whole, sparse))
     assert from_hf(sparse, "m") == from_hf(json.loads(json.dumps(whole)), "m")
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "llama4"])
+def test_tokens_go_to_the_experts_of_transformers(name: str, families, tmp_path: Path) -> None:
+    """The experts of each token of random hidden states, and their weights, of the first layer that has experts."""
+    from llminfer.moe import route
+
+    torch = families.torch
+    config, tensors, *_ = golden(name)
+    model = families.build(name, tmp_path)[2]
+    c = from_hf(config, name)
+    layer = next(i for i in range(c.num_layers) if c.has_experts(i))
+    block = model.model.layers[layer].feed_forward if name == "llama4" else model.model.layers[layer].mlp
+    router = block.gate if name == "deepseek_v3" else block.router
+    x = np.random.default_rng(1).standard_normal((200, c.hidden_size), np.float32)
+    with torch.inference_mode():
+        first, *rest = router(torch.from_numpy(x))
+    if name == "llama4":  # the scores of all experts, 0 where they are not chosen
+        scores, chosen = first.numpy(), first.numpy().argmax(1)[:, None]
+        weights = np.take_along_axis(scores, chosen, axis=1)
+    else:
+        weights, chosen = (part.numpy() for part in rest)
+    bias = {"gpt_oss": "mlp.router.bias", "deepseek_v3": "mlp.gate.e_score_correction_bias"}.get(name)
+    bias = None if bias is None else tensors[f"model.layers.{layer}.{bias}"]
+    ours, numbers = (np.asarray(part) for part in route(x, router.weight.detach().numpy().T, bias, c))
+    order, theirs = numbers.argsort(1), chosen.argsort(1)
+    np.testing.assert_array_equal(np.take_along_axis(numbers, order, 1), np.take_along_axis(chosen, theirs, 1))
+    np.testing.assert_allclose(np.take_along_axis(ours, order, 1), np.take_along_axis(weights, theirs, 1), atol=1e-5)

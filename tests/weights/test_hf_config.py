@@ -235,7 +235,7 @@ def test_defaults_of_an_absent_field():
         (llama(architectures=["BloomForCausalLM"]), "architectures='BloomForCausalLM': not supported; legal: LlamaForCausalLM, Mistral"),
         (llama(architectures=None), "legal: LlamaForCausalLM, Mistral"),
         (llama(architectures={"a": 1}), "legal: LlamaForCausalLM, Mistral"),
-        (llama(architectures=["DeepseekV3ForCausalLM"], num_local_experts=8), "models with experts are not supported yet"),
+        (llama(architectures=["DeepseekV4ForCausalLM"], num_local_experts=8), "models with experts are not supported yet"),
         (llama(architectures=["GraniteMoeForCausalLM"]), "models with experts are not supported yet"),
         (llama(num_local_experts=8), "num_local_experts=8: not supported for LlamaForCausalLM unless null or false; supported: "),
         (llama(attention_bias="yes"), "attention_bias='yes': must be true or false"),

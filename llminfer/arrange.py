@@ -1,0 +1,81 @@
+"""Weights as a mesh wants them: columns in another order, and key-value heads that several devices need, copied.
+
+A device holds one range of the columns of a matrix. So that each has the halves that belong together, a gated mlp in n parts lies as
+n times (gate, up); and where there are more parts than key-value heads, each of these becomes several, which share its query heads:
+to all that follows it is a model with more key-value heads, and what it computes is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from llminfer.config import ModelConfig
+from llminfer.params import ParamSpec
+from llminfer.target import Target
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Columns [.., 2 * F], gate then up, <-> [.., parts, 2, F / parts]."""
+
+    parts: int
+
+    def __call__(self, w: Any) -> Any:
+        return self._turned(w, 2, self.parts)
+
+    def inverse(self, w: Any) -> Any:
+        return self._turned(w, self.parts, 2)
+
+    @staticmethod
+    def _turned(w: Any, outer: int, inner: int) -> Any:
+        return w.reshape(*w.shape[:-1], outer, inner, -1).swapaxes(-2, -3).reshape(w.shape)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Columns [.., K * (G + rest) * H] <-> [.., K * copies * (G / copies + rest) * H]: of each of K key-value heads the first G blocks
+    (queries) are dealt out to its copies, the others (key and value) are in each."""
+
+    kv_heads: int
+    group: int
+    rest: int
+    copies: int
+
+    def __call__(self, w: Any) -> Any:
+        at = (np if isinstance(w, np.ndarray) else jnp).concatenate
+        blocks = w.reshape(*w.shape[:-1], self.kv_heads, self.group + self.rest, -1)
+        own = blocks[..., : self.group, :].reshape(*w.shape[:-1], self.kv_heads * self.copies, self.group // self.copies, blocks.shape[-1])
+        shared = blocks[..., self.group :, :].repeat(self.copies, -3)
+        return at([own, shared], -2).reshape(*w.shape[:-1], -1)
+
+    def inverse(self, w: Any) -> Any:
+        at = (np if isinstance(w, np.ndarray) else jnp).concatenate
+        each = self.group // self.copies
+        blocks = w.reshape(*w.shape[:-1], self.kv_heads * self.copies, each + self.rest, -1)
+        own = blocks[..., :each, :].reshape(*w.shape[:-1], self.kv_heads, self.group, blocks.shape[-1])
+        return at([own, blocks[..., :: self.copies, each:, :]], -2).reshape(*w.shape[:-1], -1)
+
+
+def on_mesh(c: ModelConfig, target: Target) -> ModelConfig:
+    """The model with as many key-value heads as its mesh can split."""
+    if c.kv_rank:  # one latent for all heads, on every device
+        return c
+    return replace(c, num_kv_heads=math.lcm(c.num_kv_heads, target.ways("kv_heads")))
+
+
+def arrangement(name: str, spec: ParamSpec, c: ModelConfig, target: Target) -> Any:
+    """What makes of a leaf as a checkpoint has it (llminfer/params.py) the one that lies on the mesh, on the host or on a device; None
+    where it is the same. `inverse` gives the first back. c: the model as the checkpoint has it."""
+    leaf, columns = name.rpartition(".")[2], spec.axes[-1]
+    copies = on_mesh(c, target).num_kv_heads // c.num_kv_heads
+    if leaf in ("qkv", "qkv_bias") and copies > 1:
+        return Heads(c.num_kv_heads, c.num_heads // c.num_kv_heads, 2, copies)
+    if leaf == "k_norm" and columns == "kv_heads" and copies > 1:
+        return Heads(c.num_kv_heads, 0, 1, copies)
+    gated = c.gated and leaf.removesuffix("_bias").endswith("gate_up")
+    return Halves(target.ways(columns)) if gated and target.ways(columns) > 1 else None
