@@ -29,7 +29,7 @@ from jax import lax
 # Rows of a tile of queries, and of keys, in plain jnp.
 TILE = 128
 # In how many parts keys and values travel, at most: the buffers of a device are 2 / PARTS of its keys and values.
-PARTS = 8
+PARTS = 16
 
 # (q [tile, Hq, D], k, v [rows, Hkv, D], q_first, k_first, length) -> (out float32 like q, lse float32 [tile, Hq])
 Attend = Callable[..., tuple[Any, Any]]
