@@ -107,16 +107,13 @@ def ring_attention(
 
         return lax.fori_loop(0, 2, look, state)
 
-    def send(x: Any) -> Any:
-        return lax.ppermute(x, axis, onward)
-
     def around(part: Any, state: Any) -> Any:
         """One part of everybody's keys and values, all around the ring."""
         cut = lambda x: lax.dynamic_slice_in_dim(x.reshape(2, chunk, *x.shape[1:]), part * rows, rows, axis=1)
 
         def step(i: Any, carry: Any) -> Any:
             block, state = carry
-            coming = send(block)  # before the work on this one: XLA moves the end of the transfer behind it
+            coming = lax.ppermute(block, axis, onward)  # before the work on this one: XLA moves the end of the transfer behind it
             return coming, visit(state, *block, i, part)
 
         block, state = lax.fori_loop(0, n - 1, step, ((cut(k), cut(v)), state))
