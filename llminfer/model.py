@@ -17,6 +17,7 @@ from llminfer.layers import norm, qk_norm, query_temperature, rope_tables, softc
 from llminfer.linear import Norm, add, entered, head_product, linear
 from llminfer.params import Layer, Params
 from llminfer.quant import QTensor, Stacked
+from llminfer.spread import by_devices, deal
 from llminfer.target import Target
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.rope import rotate
@@ -27,6 +28,7 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
     q_max: static bound of batch.q_len (1: decode)."""
     x = _embed(params, batch, c, target)
     ropes = _ropes(batch, c)
+    batch = replace(batch, tables=deal(batch, cache, c, target))
     layer = functools.partial(run_layer, batch=batch, ropes=ropes, c=c, target=target, q_max=q_max)
     groups: list[Any] = list(cache.groups)
     scanned = c.scanned if params.stacked else range(0)
@@ -173,7 +175,7 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
     asked |= dict(value_dim=c.kv_rank or None, chunked=c.chunked and 0 < c.groups[group] < batch.tables[group].shape[1] * page_size)
     attend = functools.partial(paged_attention, **asked, impl=target.kernels)
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
-        attend = _by_heads(attend, c, target)
+        attend = by_devices(attend, c, target)
     rows: dict[str, Any] = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
     rows |= dict(layer=index, window=jnp.int32(c.groups[group]), **rest)
     rows |= {} if w.sink_logits is None else dict(sink_logits=w.sink_logits)
@@ -204,23 +206,6 @@ def _projected(w: Layer, y, before: Norm | None, turns, c: ModelConfig, target: 
 
 def _taken_apart_later(c: ModelConfig, target: Target, group: int) -> bool:
     return target.turned and target.mesh is None and not (c.qk_norm or c.query_floor or c.chunked or c.sinks[group])
-
-
-def _by_heads(attend: Any, c: ModelConfig, target: Target) -> Any:
-    """paged_attention with heads and cache split over the mesh axes of kv heads, all else on every device. The one head of a latent cache
-    is on every device too: each writes the same row to its own."""
-    axis, partition = None if c.kv_rank else "kv_heads", target.partition
-    queries, new, cache = partition((None, "heads", None)), partition((None, axis, None)), partition((None, None, axis, None, None))
-
-    def split(q, k, v, kv, **rows):
-        own = {"q_sinks": queries, "sink_logits": partition(("heads",)), "kv_scale": partition((None, None, axis))}
-        each = {name: own.get(name, partition(())) for name in rows}
-        found = (queries, cache, *([own["kv_scale"]] if "kv_scale" in rows else []))
-        body = lambda q, k, v, kv, rows: attend(q, k, v, kv, **rows)
-        specs = (queries, new, None if v is None else new, cache, each)
-        return jax.shard_map(body, mesh=target.mesh, in_specs=specs, out_specs=found, check_vma=False)(q, k, v, kv, rows)
-
-    return split
 
 
 def logits(params: Params, hidden: jax.Array, c: ModelConfig, target: Target) -> jax.Array:

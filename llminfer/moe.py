@@ -115,6 +115,8 @@ def _exchanges(tokens: int, c: ModelConfig, target: Target) -> bool:
     """Whether tokens are sent to their experts. All of them are on every device: a sum over n devices moves each 2 * (n - 1) / n times,
     an exchange k / n times there and back, and once more to where it is wanted."""
     ways = target.ways("experts")
+    if target.exchange == "ragged" and len(target.over("experts")) > 1:
+        return False  # XLA exchanges over one axis
     return bool(target.exchange) and ways > 2 * c.experts_per_token and tokens % ways == 0
 
 

@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from sharding.mesh import AXES
 
 Axes = tuple[str | None, ...]
+# The logical axes that the mesh axes `spread` and `share` of Rules may split too.
+SPREAD = {"spread": ("kv_heads", "heads", "mlp", "vocab"), "share": ("mlp", "vocab", "experts")}
 LARGEST = 512  # of a mesh axis, in lists of what is legal
 
 
@@ -22,8 +24,9 @@ class Rules:
     logical axis that is not named here is replicated.
 
     kv_heads: attention's heads, by key-value head; heads: one by one; mlp: columns of dense layers; vocab: rows of the embedding and of
-    the head; experts: whole experts; expert_mlp: columns of each. spread: mesh axes over which the first four are split too, where they
-    divide them: see `fitted`. Raises ValueError for a mesh axis that there is not."""
+    the head; experts: whole experts; expert_mlp: columns of each; pages: of a cache, by what they hold of a context. spread: mesh axes over
+    which the first four are split too, where they divide them, and share: mlp, vocab and experts: see `fitted`. Raises ValueError for a
+    mesh axis that there is not."""
 
     kv_heads: tuple[str, ...] = ("tp",)
     heads: tuple[str, ...] = ("tp",)
@@ -31,7 +34,9 @@ class Rules:
     vocab: tuple[str, ...] = ("tp",)
     experts: tuple[str, ...] = ("ep",)
     expert_mlp: tuple[str, ...] = ("tp",)
+    pages: tuple[str, ...] = ("sp",)
     spread: tuple[str, ...] = ("ep",)
+    share: tuple[str, ...] = ("sp",)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -65,7 +70,7 @@ class Rules:
         return SingleDeviceSharding(device) if mesh is None else NamedSharding(mesh, self.partition(mesh, axes))
 
     def fitted(self, mesh: Mesh | None, sizes: Mapping[str, Mapping[str, int]]) -> Rules:
-        """The rules for a model on a mesh: kv_heads, heads, mlp and vocab are split over `spread` too where all their sizes are divided.
+        """The rules for a model on a mesh: what SPREAD names is split over `spread` and `share` too, where all its sizes are divided.
 
         sizes: of each logical axis that the model has, by the names of what is to be divided. Raises ValueError naming the mesh axis that
         does not divide, and what would."""
@@ -76,15 +81,17 @@ class Rules:
                 if size % self.ways(mesh, axis):
                     raise ValueError(self._refusal(mesh, axis, name, size, sizes))
         changed = {}
-        for axis in ("kv_heads", "heads", "mlp", "vocab"):
-            more = tuple(name for name in self.spread if name in mesh.axis_names and name not in getattr(self, axis))
-            ways = math.prod(mesh.shape[name] for name in (*more, *self.over(mesh, axis)))
-            if axis in sizes and all(size % ways == 0 for size in sizes[axis].values()):
-                changed[axis] = (*more, *getattr(self, axis))
-        return dataclasses.replace(self, **changed, spread=())
+        for axis, wanted in sizes.items():
+            more, ways = [], self.ways(mesh, axis)
+            for name in (name for field, axes in SPREAD.items() if axis in axes for name in getattr(self, field)):
+                if name in mesh.axis_names and name not in getattr(self, axis):
+                    if all(size % (ways * mesh.shape[name]) == 0 for size in wanted.values()):
+                        more, ways = [*more, name], ways * mesh.shape[name]
+            changed[axis] = (*getattr(self, axis), *more) if axis == "experts" else (*more, *getattr(self, axis))
+        return dataclasses.replace(self, **changed, spread=(), share=())
 
     def _table(self) -> dict[str, tuple[str, ...]]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "spread"}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in SPREAD}
 
     def _refusal(self, mesh: Mesh, axis: str, name: str, size: int, sizes: Mapping[str, Mapping[str, int]]) -> str:
         """Of the last mesh axis that cuts a logical one in more parts than it has."""

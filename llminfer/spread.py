@@ -1,0 +1,81 @@
+"""A context whose pages lie on several devices (the mesh axis sp): their tables, and attention of each device's own keys, merged.
+
+Page i of a sequence is on the device i places behind that of its first page, round and round (pages.py), so all have as much of a
+context, to within a page. Each has all queries of a step, attends to the keys that it holds, and writes those that it is to hold;
+sharding/sequence.py merges what they find. Layers with a window keep their pages whole on every device: they are few.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from llminfer.batch import Batch
+from llminfer.cache import KVCache
+from llminfer.config import ModelConfig
+from llminfer.target import Target
+from sharding.sequence import merge_over
+
+
+@flax.struct.dataclass
+class Dealt:
+    """The page tables of all devices, int32 [ways, R, entries] of their own page ids, and turn [ways, R]: the number of the first page of
+    a sequence that each has."""
+
+    table: Any
+    turn: Any
+
+
+def deal(batch: Batch, cache: KVCache, c: ModelConfig, target: Target) -> tuple[Any, ...]:
+    """batch.tables, a Dealt in place of each whose pages lie on several devices."""
+    ways = target.ways("pages")
+    if ways == 1:
+        return batch.tables
+    pools = [jax.tree.leaves(group)[0].shape[1:4:2] for group in cache.groups]
+    each = zip(batch.tables, c.groups, pools, strict=True)
+    return tuple(table if window else _dealt(table, batch.kv_len, pages // ways, size, ways) for table, window, (pages, size) in each)
+
+
+def _dealt(table: jax.Array, kv_len: jax.Array, part: int, size: int, ways: int) -> Dealt:
+    """part: pages of a device."""
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % ways)))
+    rank = jnp.arange(ways, dtype=jnp.int32)[:, None]
+    turn = (rank - table[:, 0] // part) % ways
+    number = turn[..., None] + jnp.arange(0, table.shape[1], ways, dtype=jnp.int32)  # [ways, R, entries]
+    own = jnp.take_along_axis(table[None], number, axis=2) - part * rank[..., None]
+    return Dealt(jnp.where(number * size < kv_len[:, None], own, 0), turn)  # behind a context: any legal id
+
+
+def by_devices(attend: Any, c: ModelConfig, target: Target) -> Any:
+    """paged_attention with heads and cache split over the mesh axes of kv heads, its pages too where page_table is a Dealt; all else on
+    every device. The one head of a latent cache is on every device: each writes the same row to its own."""
+    axis, partition = None if c.kv_rank else "kv_heads", target.partition
+    queries, new, over = partition((None, "heads", None)), partition((None, axis, None)), target.over("pages")
+
+    def whole(q: Any, k: Any, v: Any, kv: Any, rows: dict[str, Any]) -> Any:
+        return attend(q, k, v, kv, **rows)
+
+    def dealt(q: Any, k: Any, v: Any, kv: Any, rows: dict[str, Any]) -> Any:
+        own = jax.tree.map(lambda x: x[0], rows["page_table"])
+        sink_logits = rows.get("sink_logits")  # one key for all: it counts when all is merged
+        rest = {name: x for name, x in rows.items() if name not in ("page_table", "sink_logits")}
+        ways = target.ways("pages")
+        out, *cache, lse = attend(q, k, v, kv, page_table=own.table, dealt=(ways, own.turn), with_lse=True, **rest)
+        out, _ = merge_over(out, lse, over, sink_logits)
+        return out, *cache
+
+    def split(q: Any, k: Any, v: Any, kv: Any, **rows: Any) -> Any:
+        apart = isinstance(rows["page_table"], Dealt)
+        pages = "pages" if apart else None
+        cache, scale = partition((None, pages, axis, None, None)), partition((None, pages, axis))
+        own = {"q_sinks": queries, "sink_logits": partition(("heads",)), "kv_scale": scale, "page_table": partition((pages,))}
+        each = {name: own.get(name, partition(())) for name in rows}
+        found = (queries, cache, *([scale] if "kv_scale" in rows else []))
+        specs = (queries, new, None if v is None else new, cache, each)
+        body = dealt if apart else whole
+        return jax.shard_map(body, mesh=target.mesh, in_specs=specs, out_specs=found, check_vma=False)(q, k, v, kv, rows)
+
+    return split
