@@ -8,6 +8,7 @@ position in the context that this cache would have if there were no other.
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import lax
 
 ALONE = (1, 0)
 
@@ -17,7 +18,7 @@ def held(count, page: int, dealt):
     if dealt is None:
         return count
     ways, turn = dealt
-    return count // (page * ways) * page + jnp.clip(count % (page * ways) - turn * page, 0, page)
+    return lax.div(count, page * ways) * page + jnp.clip(lax.rem(count, page * ways) - turn * page, 0, page)
 
 
 def position_of(place, page: int, dealt):
@@ -25,19 +26,19 @@ def position_of(place, page: int, dealt):
     if dealt is None:
         return place
     ways, turn = dealt
-    return (place // page * ways + turn) * page + place % page
+    return (lax.div(place, page) * ways + turn) * page + lax.rem(place, page)
 
 
 def is_held(position, page: int, dealt):
     """Whether a position is held."""
     ways, turn = ALONE if dealt is None else dealt
-    return position // page % ways == turn
+    return lax.rem(lax.div(position, page), ways) == turn
 
 
 def entry_of(position, page: int, dealt, entries: int):
     """Which of the `entries` of a sequence's page table is the page of a position that is held; some legal one for others."""
     ways, _ = ALONE if dealt is None else dealt
-    return jnp.clip(position // (page * ways), 0, entries - 1)
+    return jnp.clip(lax.div(position, page * ways), 0, entries - 1)
 
 
 def of_rows(dealt, row):

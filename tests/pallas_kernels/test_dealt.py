@@ -112,6 +112,13 @@ def test_reference_with_scales() -> None:
         together("reference", 96, 3, case, jnp.int8)
 
 
+@pytest.mark.parametrize("q_max", [96, 1])
+def test_tpu_kernel(q_max: int) -> None:
+    """Interpreted: chunks and single tokens; contexts of which a device holds nothing."""
+    for case in MIXED if q_max > 1 else DECODE:
+        together("interpret", q_max, 3, case)
+
+
 def test_what_cannot_be_dealt_out() -> None:
     q, k, v, pages, _, rows = build(*DECODE[0], 1, jnp.float32)
     pool, table = deal(pages, 1, np.zeros(SEQS, int), np.random.default_rng(0), np.nan)
