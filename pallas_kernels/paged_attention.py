@@ -201,7 +201,8 @@ def check_dealt(dealt, page_table, with_lse, sinks, sink_logits, tree):
     if dealt is None:
         return
     if dealt[0] < 1 or dealt[1].shape != page_table.shape[:1]:
-        raise ValueError(f"dealt: ways {dealt[0]} must be 1 or more, and turn {dealt[1].shape} must be [{page_table.shape[0]}], as page_table")
+        rows = page_table.shape[0]
+        raise ValueError(f"dealt: ways {dealt[0]} must be 1 or more, and turn {dealt[1].shape} must be [{rows}], as page_table")
     if not with_lse or sinks or sink_logits is not None or tree is not None:
         raise ValueError("dealt: what is found has to be merged: needs with_lse, and no sinks, sink_logits or tree")
 
@@ -306,7 +307,7 @@ def _in_blocks(qs, found, page_table, q_start, q_len, kv_len, tree, dealt, look)
     return tuple(x[: qs.shape[0]] for x in lax.while_loop(lambda c: c[0] < ends[-1], step, (0, found))[1])
 
 
-def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks, sink_logits, of_value, chunked, block, nodes=None, dealt=None):
+def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks, sink_logits, of_value, chunked, block, nodes=None, dealt):
     """Attention of qs [R, C, 1 or 2, Hq, D] (q, and q_sinks where there are sinks) at positions pos [R, C] (-1: nothing to see) over
     the pages of table [R, n]. nodes: None, or (length of the context [R], words [R, C, W]) where rows are a tree. Returns float32
     [R, C, Hq, D] and the sums' logarithms [R, C, Hq]. of_value: which lanes of a row are its value. A loop over blocks of

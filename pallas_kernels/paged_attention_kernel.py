@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dealt import position_of
 from pallas_kernels.paged_attention_pages import (
     Item,
     Reader,
@@ -40,7 +41,8 @@ def _visible(plan: Plan, s: Scalars, item: Item, tree: Any, base, keys: int, kno
     token = lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.rows), 1) & (plan.tile - 1)
     key = lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.rows), 0)
     if plan.reads:
-        return lambda n: None if SUBLANES * (n + 1) <= known else _before(plan, s, item, base + SUBLANES * n, key, token)
+        ahead, position = item.first - item.row + token - key, _positions(plan, s, item, base)
+        return lambda n: None if SUBLANES * (n + 1) <= known else ahead >= position(n)
     key = base + key
     row_pos = item.first - item.row + token if tree is None else item.known + tree[0, plan.tree_words :, :]
     # as unsigned numbers, so that one comparison does for both ends
@@ -58,10 +60,13 @@ def _visible(plan: Plan, s: Scalars, item: Item, tree: Any, base, keys: int, kno
     return lambda n: None if SUBLANES * (n + 1) <= known else mask(n) if tree is None else node(n)
 
 
-def _before(plan: Plan, s: Scalars, item: Item, place, key, token):
-    """Which of eight keys from a place on, [SUBLANES, rows], lie before or at each row: all eight are on one page."""
-    number = lax.div(place, plan.page) * plan.dealt + s.begin[item.seq]
-    return number * plan.page + lax.rem(place, plan.page) + key <= item.first - item.row + token
+def _positions(plan: Plan, s: Scalars, item: Item, base):
+    """n -> the position of place base + SUBLANES * n, which may be the first of a piece or of a probe; as many keys are on one page."""
+    dealt = (plan.dealt, s.begin[item.seq])
+    if plan.piece % plan.page or plan.probe % plan.page:
+        return lambda n: position_of(base + SUBLANES * n, plan.page, dealt)
+    start = position_of(base, plan.page, dealt)
+    return lambda n: start + SUBLANES * n // plan.page * plan.page * plan.dealt + SUBLANES * n % plan.page
 
 
 class _StreamSinks(NamedTuple):
@@ -310,8 +315,8 @@ def _kernel(*refs, plan: Plan):
 def _names(plan: Plan) -> tuple[list[str], list[str], list[str]]:
     """What a kernel has beside its scalars: operands, results, scratch."""
     tiled, some = not plan.decode, lambda condition, *names: list(names) if condition else []
-    operands = ["q", *some(not plan.reads, "new"), "kv", *some(plan.sinks, "q_sinks"), *some(plan.logits, "logits"), *some(plan.tree_words, "tree")]
-    operands += some(plan.quantized, "ratio", "scales")
+    operands = ["q", *some(not plan.reads, "new"), "kv", *some(plan.sinks, "q_sinks")]
+    operands += some(plan.logits, "logits") + some(plan.tree_words, "tree") + some(plan.quantized, "ratio", "scales")
     results = ["out", "kv_out", *some(tiled, "excess"), *some(plan.lse, "lse")]
     scratch = ["buf", "stage", "slot", "pending", "read_sem", "write_sem", "acc", "top", "total", *some(tiled, "worst")]
     return operands, results, scratch + some(plan.sinks, "sink_buf", "sink_sem") + some(plan.quantized, "plain")

@@ -84,9 +84,9 @@ class Rules:
         for axis, wanted in sizes.items():
             more, ways = [], self.ways(mesh, axis)
             for name in (name for field, axes in SPREAD.items() if axis in axes for name in getattr(self, field)):
-                if name in mesh.axis_names and name not in getattr(self, axis):
-                    if all(size % (ways * mesh.shape[name]) == 0 for size in wanted.values()):
-                        more, ways = [*more, name], ways * mesh.shape[name]
+                new = name in mesh.axis_names and name not in getattr(self, axis)
+                if new and all(size % (ways * mesh.shape[name]) == 0 for size in wanted.values()):
+                    more, ways = [*more, name], ways * mesh.shape[name]
             changed[axis] = (*getattr(self, axis), *more) if axis == "experts" else (*more, *getattr(self, axis))
         return dataclasses.replace(self, **changed, spread=(), share=())
 

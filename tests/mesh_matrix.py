@@ -1,6 +1,6 @@
-"""Runs the tiny models on every legal mesh of dp, ep and tp in powers of two, and compares with one device: logits and tokens.
+"""Runs the tiny models on every legal mesh of dp, ep, sp and tp in powers of two, and compares with one device: logits and tokens.
 
-    python tests/mesh_matrix.py [--models tiny tiny_window tiny_moe] [--devices 8] [--logits-only]
+    python tests/mesh_matrix.py [--models tiny tiny_window tiny_moe] [--devices 8] [--with-axes sp] [--logits-only]
 
 A line a mesh: the largest difference of logits by their range (1e-5 is asked for), and of how many prompts tokens differ (0 is asked for);
 sequences come in chunks, are preempted, find prefixes, and decode in loops. Exit code 1 where something is not as asked for.
@@ -9,6 +9,7 @@ sequences come in chunks, are preempted, find prefixes, and decode in loops. Exi
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -21,21 +22,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compares every mesh with one device.")
     parser.add_argument("--models", nargs="*", default=["tiny", "tiny_window", "tiny_moe"])
     parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--with-axes", nargs="*", default=[], help="only meshes that have these")
     parser.add_argument("--logits-only", action="store_true")
     asked = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={asked.devices}".strip()
     import numpy as np
     from test_mesh import scores, served
 
+    from sharding.mesh import AXES
+
     sizes = [1 << i for i in range(asked.devices.bit_length())]
-    meshes = [(dp, ep, tp) for dp in sizes for ep in sizes for tp in sizes if 1 < dp * ep * tp <= asked.devices]
+    legal = lambda shape: 1 < np.prod(shape) <= asked.devices and set(asked.with_axes) <= {axis for axis, n in zip(AXES, shape) if n > 1}
+    meshes = [shape for shape in itertools.product(sizes, repeat=len(AXES)) if legal(shape)]
     good = True
     print("model        mesh              logits   prompts that differ  seconds", flush=True)
     for model in asked.models:
         logits, tokens = scores(model, ""), None if asked.logits_only else served(model, "")
-        for number, (dp, ep, tp) in enumerate(meshes):
+        for number, shape in enumerate(meshes):
             start, layout = time.perf_counter(), ("listed", "stacked")[number % 2]
-            mesh = ",".join(f"{axis}={size}" for axis, size in (("dp", dp), ("ep", ep), ("tp", tp)) if size > 1)
+            mesh = ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True) if size > 1)
             try:
                 error = float(np.abs(scores(model, mesh, layout=layout) - logits).max() / np.ptp(logits))
                 found = served(model, mesh, layout=layout) if tokens else []

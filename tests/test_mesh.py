@@ -15,6 +15,7 @@ from llminfer import LLM, SamplingParams
 from llminfer.arrange import arrangement, on_mesh
 from llminfer.config import EngineConfig, from_toml
 from llminfer.engine import Engine
+from llminfer.errors import UserError
 from llminfer.params import param_specs
 from llminfer.replicas import Replicas
 from llminfer.target import Target
@@ -29,17 +30,21 @@ DRAWN = SamplingParams(
     max_tokens=10, ignore_eos=True, temperature=1.0, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2, logit_bias={7: 1.0}, seed=5
 )
 PARAMS = [GREEDY, DRAWN, dataclasses.replace(GREEDY, min_tokens=3, presence_penalty=0.5, logprobs=None)]
-# Each pair of sizes of two axes up to 8 devices but dp=8; tp of 4 and 8 on 2 key-value heads. tests/mesh_matrix.py runs all.
+# Each pair of sizes of two axes up to 8 devices but dp=8; tp of 4 and 8 on 2 key-value heads; contexts of which a device has room for
+# half. tests/mesh_matrix.py runs all.
 SERVED = [
     ("tiny", "tp=4", {}),
     ("tiny", "dp=2", {"layout": "stacked"}),
     ("tiny_moe", "ep=2,tp=4", {}),
+    ("tiny", "sp=4", {"layout": "stacked"}),
+    ("tiny_moe", "ep=2,sp=2,tp=2", {}),
 ]
 SCORED = [
     ("tiny", "tp=8", {}),
     ("tiny", "dp=4,tp=2", {"layout": "stacked"}),
     ("tiny", "tp=4", {"quantize": "mxfp4"}),  # int8 rounds tokens too on a CPU, and a last bit may turn a rounding
     ("tiny_window", "dp=2,tp=4", {"layout": "stacked"}),
+    ("tiny_window", "sp=3,tp=2", {}),
     ("tiny_moe", "ep=8", {"layout": "stacked"}),
     ("tiny_moe", "ep=4,tp=2", {"layout": "stacked"}),
     ("tiny_moe", "dp=2,ep=4", {}),
@@ -93,6 +98,29 @@ def test_tokens_do_not_depend_on_the_mesh(model: str, mesh: str, settings: dict[
             for one, other in zip(told or [], wanted or [], strict=True):
                 assert one.keys() == other.keys()
                 np.testing.assert_allclose(list(one.values()), [other[token] for token in one], atol=1e-4)
+
+
+def test_a_context_is_dealt_out() -> None:
+    """What a device has of the pages of layers that see all positions is its share; and a sequence needs more pages than one has."""
+    llm = model_of("tiny_window", "sp=4,tp=2", prefix_cache=False)
+    engine = llm.engine
+    c, at = engine.c, engine.c.groups.index(0)
+    full, sliding, pool = engine._cache.groups[at][0], engine._cache.groups[1 - at][0], engine.pages.groups[at]
+    assert pool.total == 12  # 11 were asked for
+    shapes = lambda x: {shard.data.shape for shard in x.addressable_shards}
+    assert shapes(full) == {(1, 3, 1, 8, c.row_dim)} and shapes(sliding) == {(1, sliding.shape[1], 1, 8, c.row_dim)}
+    (seq,) = engine.add(list(range(1, 60)), SamplingParams(max_tokens=1))
+    engine.scheduler.schedule()
+    where = [page // 3 for page in seq.pages[at]]
+    assert where == [(where[0] + i) % 4 for i in range(8)] and len(pool.free) == 4
+    llm.close()
+
+
+def test_a_model_of_windows_has_nothing_to_deal_out() -> None:
+    c = dataclasses.replace(from_toml("tiny_window"), windows=(24,))
+    ((there, _),) = make_meshes({"sp": 2}, jax.devices())
+    with pytest.raises(UserError, match=r"^mesh: sp=2: tiny_window has no layers that see all positions, .*; legal: 1$"):
+        Engine(c, EngineConfig(), Target.of("cpu", mesh=there))
 
 
 @functools.cache

@@ -123,7 +123,7 @@ def test_what_cannot_be_dealt_out() -> None:
     q, k, v, pages, _, rows = build(*DECODE[0], 1, jnp.float32)
     pool, table = deal(pages, 1, np.zeros(SEQS, int), np.random.default_rng(0), np.nan)
     asked: Any = dict(layer=0, window=0, scale=1.0, q_max=1, page_table=table, **rows)
-    with pytest.raises(ValueError, match="^dealt: what is found has to be merged: needs with_lse, and no sinks"):
+    with pytest.raises(ValueError, match=r"^dealt: what is found has to be merged: needs with_lse, and no sinks"):
         paged_attention(q, k, v, pool, dealt=(2, np.zeros(SEQS, np.int32)), **asked)
     with pytest.raises(ValueError, match=r"^dealt: ways 2 must be 1 or more, and turn \(3,\) must be \[4\], as page_table$"):
         paged_attention(q, k, v, pool, dealt=(2, np.zeros(3, np.int32)), with_lse=True, **asked)
