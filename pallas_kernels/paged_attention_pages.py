@@ -3,7 +3,7 @@ from the cache, and new rows on their way into it. See paged_attention_tpu.py fo
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ class Writer(NamedTuple):
     s: Scalars
     kv: jax.Array
     buf: jax.Array
-    new: jax.Array | None  # None where nothing is written
+    new: Any  # None where nothing is written
     ratio: jax.Array | None  # of a page's old scales to its new ones, in each lane of a row; None without scales
     stage: jax.Array
     pending: jax.Array

@@ -94,14 +94,14 @@ def ring_attention(
     parts = max(p for p in range(1, min(parts, chunk) + 1) if chunk % p == 0)
     rows, onward = chunk // parts, [(i, (i + 1) % n) for i in range(n)]
 
-    def visit(state: Any, keys: Any, values: Any, step: Any, part: Any) -> Any:
+    def visit(state: Any, here: Any, step: Any, part: Any) -> Any:
         """Both chunks of queries look at the part of the keys that began its way `step` devices before."""
         other = (me - step) % n
 
         def look(mine: Any, state: Any) -> Any:
             q_first = jnp.where(mine == 0, me, 2 * n - 1 - me) * chunk
             for half, index in enumerate((other, 2 * n - 1 - other)):
-                block = (keys[half], values[half], q_first, index * chunk + part * rows, length)
+                block = (here[0][half], here[1][half], q_first, index * chunk + part * rows, length)
                 state = _tiles(attend, q, state, block, window, mine * chunk, (chunk, min(tile, chunk)))
             return state
 
@@ -114,10 +114,10 @@ def ring_attention(
         def step(i: Any, carry: Any) -> Any:
             block, state = carry
             coming = lax.ppermute(block, axis, onward)  # before the work on this one: XLA moves the end of the transfer behind it
-            return coming, visit(state, *block, i, part)
+            return coming, visit(state, block, i, part)
 
         block, state = lax.fori_loop(0, n - 1, step, ((cut(k), cut(v)), state))
-        return visit(state, *block, n - 1, part)
+        return visit(state, block, n - 1, part)
 
     out, lse = lax.fori_loop(0, parts, around, (jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)))
     return out.astype(q.dtype), lse
@@ -169,7 +169,7 @@ def _tiles(attend: Attend, q: Any, state: Any, block: Any, window: Any, first: A
         more, more_lse = attend(cut(q), k, v, q_first + start, k_first, length)
         mine = start + jnp.arange(tile)
         fresh = (mine >= t * tile) & (q_first + mine < length)
-        merged = merge_two(*map(cut, state), more, jnp.where(fresh[:, None], more_lse, -jnp.inf))
+        merged = merge_two(cut(state[0]), cut(state[1]), more, jnp.where(fresh[:, None], more_lse, -jnp.inf))
         return tuple(lax.dynamic_update_slice_in_dim(x, new, first + start, 0) for x, new in zip(state, merged))
 
     low = jnp.maximum((k_first - q_first) // tile, 0)
