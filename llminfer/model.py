@@ -17,7 +17,7 @@ from llminfer.layers import norm, qk_norm, query_temperature, rope_tables, softc
 from llminfer.linear import Norm, add, entered, head_product, linear
 from llminfer.params import Layer, Params
 from llminfer.quant import QTensor, Stacked
-from llminfer.spread import by_devices, deal
+from llminfer.spread import by_devices, deal, shared_out, shares_rows
 from llminfer.target import Target
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.rope import rotate
@@ -162,6 +162,8 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
     entry: what `entered` gave. turns: the rope table, and that of queries for the sinks."""
     x, y, before = entry
     group, rope = kind
+    shared = shares_rows(x.shape[0], q_max, target)
+    y = shared_out(y, target) if shared else y
     project = latent.project if c.kv_rank else _projected if _taken_apart_later(c, target, group) else _project
     q, k, v, rest = project(w, y, before, turns if c.sinks[group] else turns[:1], c, target)
     if c.qk_norm == "unit" and rope >= 0:
@@ -175,7 +177,7 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
     asked |= dict(value_dim=c.kv_rank or None, chunked=c.chunked and 0 < c.groups[group] < batch.tables[group].shape[1] * page_size)
     attend = functools.partial(paged_attention, **asked, impl=target.kernels)
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
-        attend = by_devices(attend, c, target)
+        attend = by_devices(attend, c, target, shared)
     rows: dict[str, Any] = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
     rows |= dict(layer=index, window=jnp.int32(c.groups[group]), **rest)
     rows |= {} if w.sink_logits is None else dict(sink_logits=w.sink_logits)
@@ -185,7 +187,9 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
     else:
         y, kv = attend(q, k, v, kv, **rows)
     y = latent.values(y, w, c) if c.kv_rank else y
-    return linear(y.reshape(x.shape[0], -1), w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None), kv
+    y = y.reshape(x.shape[0], -1)
+    y = linear(shared_out(y, target) if shared else y, w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None)
+    return shared_out(y, target, whole=True) if shared else y, kv
 
 
 def _project(w: Layer, y, before: Norm | None, turns, c: ModelConfig, target: Target) -> tuple[Any, Any, Any, dict[str, Any]]:

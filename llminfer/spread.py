@@ -3,6 +3,9 @@
 Page i of a sequence is on the device i places behind that of its first page, round and round (pages.py), so all have as much of a
 context, to within a page. Each has all queries of a step, attends to the keys that it holds, and writes those that it is to hold;
 sharding/sequence.py merges what they find. Layers with a window keep their pages whole on every device: they are few.
+
+In chunks of prompts the tokens are shared out too, for the projections around attention: queries, keys and values are then gathered, and
+of what attention finds each device gets its tokens only. Decoding reads all weights for a few tokens: there it would save nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from llminfer.cache import KVCache
 from llminfer.config import ModelConfig
 from llminfer.target import Target
 from sharding.sequence import merge_over
+
+ROWS = 8  # of a device's share of the tokens, and multiples: what a tile of registers has
 
 
 @flax.struct.dataclass
@@ -49,9 +54,21 @@ def _dealt(table: jax.Array, kv_len: jax.Array, part: int, size: int, ways: int)
     return Dealt(jnp.where(number * size < kv_len[:, None], own, 0), turn)  # behind a context: any legal id
 
 
-def by_devices(attend: Any, c: ModelConfig, target: Target) -> Any:
+def shares_rows(rows: int, q_max: int, target: Target) -> bool:
+    """Whether each device projects a share of the tokens only."""
+    ways = target.ways("pages")
+    return ways > 1 and q_max > 1 and rows % (ROWS * ways) == 0
+
+
+def shared_out(x: jax.Array, target: Target, *, whole: bool = False) -> jax.Array:
+    """x [T, ...] with each device's share of the rows on it, or (whole) all of them on each."""
+    spec = jax.sharding.PartitionSpec() if whole else target.partition(("pages", *[None] * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(target.mesh, spec))
+
+
+def by_devices(attend: Any, c: ModelConfig, target: Target, shared: bool) -> Any:
     """paged_attention with heads and cache split over the mesh axes of kv heads, its pages too where page_table is a Dealt; all else on
-    every device. The one head of a latent cache is on every device: each writes the same row to its own."""
+    every device. The one head of a latent cache is on every device: each writes the same row to its own. shared: see shares_rows."""
     axis, partition = None if c.kv_rank else "kv_heads", target.partition
     queries, new, over = partition((None, "heads", None)), partition((None, axis, None)), target.over("pages")
 
@@ -64,7 +81,7 @@ def by_devices(attend: Any, c: ModelConfig, target: Target) -> Any:
         rest = {name: x for name, x in rows.items() if name not in ("page_table", "sink_logits")}
         ways = target.ways("pages")
         out, *cache, lse = attend(q, k, v, kv, page_table=own.table, dealt=(ways, own.turn), with_lse=True, **rest)
-        out, _ = merge_over(out, lse, over, sink_logits)
+        out, _ = merge_over(out, lse, over, sink_logits, scatter=shared)
         return out, *cache
 
     def split(q: Any, k: Any, v: Any, kv: Any, **rows: Any) -> Any:
@@ -73,7 +90,8 @@ def by_devices(attend: Any, c: ModelConfig, target: Target) -> Any:
         cache, scale = partition((None, pages, axis, None, None)), partition((None, pages, axis))
         own = {"q_sinks": queries, "sink_logits": partition(("heads",)), "kv_scale": scale, "page_table": partition((pages,))}
         each = {name: own.get(name, partition(())) for name in rows}
-        found = (queries, cache, *([scale] if "kv_scale" in rows else []))
+        out = partition(("pages", "heads", None)) if apart and shared else queries
+        found = (out, cache, *([scale] if "kv_scale" in rows else []))
         specs = (queries, new, None if v is None else new, cache, each)
         body = dealt if apart else whole
         return jax.shard_map(body, mesh=target.mesh, in_specs=specs, out_specs=found, check_vma=False)(q, k, v, kv, rows)

@@ -22,20 +22,26 @@ from jax import lax
 from sharding.ring import attention, check
 
 
-def merge_over(out: Any, lse: Any, axis: Any, sink_logits: Any = None) -> tuple[Any, Any]:
+def merge_over(out: Any, lse: Any, axis: Any, sink_logits: Any = None, *, scatter: bool = False) -> tuple[Any, Any]:
     """Attention over all devices' keys from each one's attention over its own; inside of shard_map.
 
     out [..., H, D], lse float32 [..., H]: the natural logarithm of each row's sum of exponentials, -inf where the row sees no key here:
     `out` may then hold anything. axis: a mesh axis, or a tuple of them. sink_logits [H]: one more key without a value for each head,
     counted once. Returns (out of its dtype, lse), the same on every device: zeros and -inf where nobody has found a key. What is not a
-    number stays so. One maximum and one sum are exchanged."""
+    number stays so. One maximum and one sum are exchanged. scatter: each device gets its share of the rows (axis 0) only, which moves
+    half as much."""
     top = lax.pmax(lse, axis)
     top = jnp.where(top == -jnp.inf, 0.0, top)
     empty = lse == -jnp.inf
     weight = jnp.where(empty, 0.0, jnp.exp(lse - top))
     # Selected before it is weighted: what an empty device has may be no number, and zero times that is none.
     part = jnp.where(empty[..., None], 0.0, out.astype(jnp.float32) * weight[..., None])
-    part, total = lax.psum((part, weight), axis)
+    if scatter:
+        shared = lambda x: lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+        part, total, rows = shared(part), shared(weight), out.shape[0] // lax.axis_size(axis)
+        top = lax.dynamic_slice_in_dim(top, lax.axis_index(axis) * rows, rows)
+    else:
+        part, total = lax.psum((part, weight), axis)
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1.0, total)))
     merged = part / jnp.where(total == 0, 1.0, total)[..., None]
     if sink_logits is not None:

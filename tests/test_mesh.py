@@ -36,15 +36,15 @@ SERVED = [
     ("tiny", "tp=4", {}),
     ("tiny", "dp=2", {"layout": "stacked"}),
     ("tiny_moe", "ep=2,tp=4", {}),
-    ("tiny", "sp=4", {"layout": "stacked"}),
-    ("tiny_moe", "ep=2,sp=2,tp=2", {}),
+    ("tiny", "sp=2", {"layout": "stacked"}),
 ]
 SCORED = [
     ("tiny", "tp=8", {}),
     ("tiny", "dp=4,tp=2", {"layout": "stacked"}),
     ("tiny", "tp=4", {"quantize": "mxfp4"}),  # int8 rounds tokens too on a CPU, and a last bit may turn a rounding
     ("tiny_window", "dp=2,tp=4", {"layout": "stacked"}),
-    ("tiny_window", "sp=3,tp=2", {}),
+    ("tiny_window", "sp=3,tp=2", {"layout": "stacked"}),
+    ("tiny_moe", "ep=2,sp=2,tp=2", {"layout": "stacked"}),
     ("tiny_moe", "ep=8", {"layout": "stacked"}),
     ("tiny_moe", "ep=4,tp=2", {"layout": "stacked"}),
     ("tiny_moe", "dp=2,ep=4", {}),

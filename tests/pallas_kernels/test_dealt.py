@@ -115,7 +115,7 @@ def test_reference_with_scales() -> None:
 
 @pytest.mark.parametrize("q_max", [96, 1])
 def test_tpu_kernel(q_max: int) -> None:
-    """Interpreted: chunks and single tokens; contexts of which a device holds nothing. The kernel of tiles has one head: it compiles long."""
+    """Interpreted: chunks and single tokens; contexts of which a device holds nothing. That of tiles has one head: it compiles long."""
     for case in MIXED if q_max > 1 else DECODE:
         together("interpret", q_max, 3, case, heads=(2, 1) if q_max > 1 else (4, 2))
 

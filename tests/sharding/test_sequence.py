@@ -55,6 +55,11 @@ def test_parts_of_the_keys_merged_are_all_of_them(axis: Any, sinks: bool) -> Non
     found, found_lse = map(np.asarray, merged(out, lse))
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     np.testing.assert_allclose(found_lse, sums, rtol=1e-6)
+    if axis == "sp":  # four rows: each device has one
+        body = lambda out, lse: merge_over(out[0], lse[0], axis, sink, scatter=True)
+        scattered = jax.jit(jax.shard_map(body, mesh=spread, in_specs=spec, out_specs=spec, check_vma=False))
+        for one, other in zip(scattered(out, lse), (found, found_lse), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
     out[0, 0, 1] = np.nan  # a number that is none on a device that has keys comes through, to its own row and head only
     bad = np.isnan(np.asarray(merged(out, lse)[0])).any(-1)
     assert bad[0, 1] and bad.sum() == 1
