@@ -26,6 +26,9 @@ from pallas_kernels.rope import rotate
 def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, q_max: int) -> tuple[jax.Array, KVCache]:
     """Hidden states after the final norm, [T, D], and the cache with the batch's keys and values in it.
     q_max: static bound of batch.q_len (1: decode)."""
+    if shares_rows(batch.tokens.shape[0], q_max, target):  # XLA would share out what is shipped, too
+        rows = (shared_out(x, target, whole=True) for x in (batch.tokens, batch.positions, batch.reach))
+        batch = replace(batch, **dict(zip(("tokens", "positions", "reach"), rows, strict=True)))
     x = _embed(params, batch, c, target)
     ropes = _ropes(batch, c)
     batch = replace(batch, tables=deal(batch, cache, c, target))

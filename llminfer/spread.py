@@ -41,17 +41,19 @@ def deal(batch: Batch, cache: KVCache, c: ModelConfig, target: Target) -> tuple[
         return batch.tables
     pools = [jax.tree.leaves(group)[0].shape[1:4:2] for group in cache.groups]
     each = zip(batch.tables, c.groups, pools, strict=True)
-    return tuple(table if window else _dealt(table, batch.kv_len, pages // ways, size, ways) for table, window, (pages, size) in each)
+    dealt = lambda table, pages, size: _dealt(table, batch.kv_len, pages // ways, size, target)
+    return tuple(table if window else dealt(table, *pool) for table, window, pool in each)
 
 
-def _dealt(table: jax.Array, kv_len: jax.Array, part: int, size: int, ways: int) -> Dealt:
+def _dealt(table: jax.Array, kv_len: jax.Array, part: int, size: int, target: Target) -> Dealt:
     """part: pages of a device."""
+    ways = target.ways("pages")
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % ways)))
-    rank = jnp.arange(ways, dtype=jnp.int32)[:, None]
-    turn = (rank - table[:, 0] // part) % ways
+    rank = shared_out(jnp.arange(ways, dtype=jnp.int32)[:, None], target)
+    turn = shared_out((rank - table[:, 0] // part) % ways, target)
     number = turn[..., None] + jnp.arange(0, table.shape[1], ways, dtype=jnp.int32)  # [ways, R, entries]
     own = jnp.take_along_axis(table[None], number, axis=2) - part * rank[..., None]
-    return Dealt(jnp.where(number * size < kv_len[:, None], own, 0), turn)  # behind a context: any legal id
+    return Dealt(shared_out(jnp.where(number * size < kv_len[:, None], own, 0), target), turn)  # behind a context: any legal id
 
 
 def shares_rows(rows: int, q_max: int, target: Target) -> bool:
