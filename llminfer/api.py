@@ -31,8 +31,9 @@ class LLM:
         from sharding.mesh import parse_mesh
 
         self._axes, self._prefill_axes = (as_user_error(parse_mesh, getattr(self.settings, f), f) for f in ("mesh", "prefill_mesh"))
-        if self._prefill_axes and "dp" in {*self._axes, *self._prefill_axes}:
-            raise refuse("prefill_mesh", self.settings.prefill_mesh, "it and mesh must have no dp; legal: '' or axes such as 'ep=2,tp=2'")
+        if self._prefill_axes and {"dp", "pp", "sp"} & {*self._axes, *self._prefill_axes}:
+            reason = "it and mesh must have no dp, pp or sp; legal: '' or axes such as 'ep=2,tp=2'"
+            raise refuse("prefill_mesh", self.settings.prefill_mesh, reason)
         self.checkpoint = open_model(model, self.settings.cache_dir, progress)
         self.config = self.checkpoint.config
         # Reading the weights and the tokenizer needs no jax: it goes on while jax is imported and programs are compiled.

@@ -69,7 +69,8 @@ class Engine:
             raise refuse("context", self.context, f"{c.name} was made for at most {c.max_position} positions")
         placement.check_cache(c, settings)
         totals = placement.pool_sizes(c, settings, self.context, target)
-        self.pages = Pages(c.groups, totals, settings.page_size, prefix_cache=settings.prefix_cache, sinks=c.sinks)
+        how: dict[str, Any] = dict(prefix_cache=settings.prefix_cache, sinks=c.sinks, holders=target.ways("pages"))
+        self.pages = Pages(c.groups, totals, settings.page_size, **how)
         self.scheduler = Scheduler(self.pages, slots=settings.slots, chunk=settings.chunk, decode_steps=settings.decode_steps)
         # Programs need shapes only: compiling and reading the weights go on side by side.
         self._shapes = (

@@ -18,6 +18,7 @@ from llminfer.layers import norm, qk_norm, query_temperature, rope_tables, softc
 from llminfer.linear import Norm, add, entered, head_product, linear
 from llminfer.params import Layer, Params
 from llminfer.quant import QTensor, Stacked
+from llminfer.spread import by_devices, deal, shared_out, shares_rows
 from llminfer.target import Target
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.rope import rotate
@@ -26,8 +27,12 @@ from pallas_kernels.rope import rotate
 def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, q_max: int) -> tuple[jax.Array, KVCache]:
     """Hidden states after the final norm, [T, D], and the cache with the batch's keys and values in it.
     q_max: static bound of batch.q_len (1: decode)."""
+    if shares_rows(batch.tokens.shape[0], q_max, target):  # XLA would share out what is shipped, too
+        rows = (shared_out(x, target, whole=True) for x in (batch.tokens, batch.positions, batch.reach))
+        batch = replace(batch, **dict(zip(("tokens", "positions", "reach"), rows, strict=True)))
     x = embed(params, batch, c, target)
     ropes = ropes_of(batch, c)
+    batch = replace(batch, tables=deal(batch, cache, c, target))
     layer = functools.partial(run_layer, batch=batch, ropes=ropes, c=c, target=target, q_max=q_max)
     groups: list[Any] = list(cache.groups)
     used: list[jax.Array] = []  # of the layers so far that have experts: tokens of each slot for them
@@ -187,6 +192,8 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
     entry: what `entered` gave. turns: the rope table, and that of queries for the sinks."""
     x, y, before = entry
     group, rope = kind
+    shared = shares_rows(x.shape[0], q_max, target)
+    y = shared_out(y, target) if shared else y
     project = latent.project if c.kv_rank else _projected if _taken_apart_later(c, target, group) else _project
     q, k, v, rest = project(w, y, before, turns if c.sinks[group] else turns[:1], c, target)
     if c.qk_norm == "unit" and rope >= 0:
@@ -200,7 +207,7 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
     asked |= dict(value_dim=c.kv_rank or None, chunked=c.chunked and 0 < c.groups[group] < batch.tables[group].shape[1] * page_size)
     attend = functools.partial(paged_attention, **asked, impl=target.kernels)
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
-        attend = _by_heads(attend, c, target)
+        attend = by_devices(attend, c, target, shared)
     rows: dict[str, Any] = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
     rows |= dict(layer=index, window=jnp.int32(c.groups[group]), **rest)
     rows |= {} if w.sink_logits is None else dict(sink_logits=w.sink_logits)
@@ -210,7 +217,9 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
     else:
         y, kv = attend(q, k, v, kv, **rows)
     y = latent.values(y, w, c) if c.kv_rank else y
-    return linear(y.reshape(x.shape[0], -1), w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None), kv
+    y = y.reshape(x.shape[0], -1)
+    y = linear(shared_out(y, target) if shared else y, w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None)
+    return shared_out(y, target, whole=True) if shared else y, kv
 
 
 def _project(w: Layer, y, before: Norm | None, turns, c: ModelConfig, target: Target) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -231,23 +240,6 @@ def _projected(w: Layer, y, before: Norm | None, turns, c: ModelConfig, target: 
 
 def _taken_apart_later(c: ModelConfig, target: Target, group: int) -> bool:
     return target.turned and target.mesh is None and not (c.qk_norm or c.query_floor or c.chunked or c.sinks[group])
-
-
-def _by_heads(attend: Any, c: ModelConfig, target: Target) -> Any:
-    """paged_attention with heads and cache split over the mesh axes of kv heads, all else on every device. The one head of a latent cache
-    is on every device too: each writes the same row to its own."""
-    axis, partition = None if c.kv_rank else "kv_heads", target.partition
-    queries, new, cache = partition((None, "heads", None)), partition((None, axis, None)), partition((None, None, axis, None, None))
-
-    def split(q, k, v, kv, **rows):
-        own = {"q_sinks": queries, "sink_logits": partition(("heads",)), "kv_scale": partition((None, None, axis))}
-        each = {name: own.get(name, partition(())) for name in rows}
-        found = (queries, cache, *([own["kv_scale"]] if "kv_scale" in rows else []))
-        body = lambda q, k, v, kv, rows: attend(q, k, v, kv, **rows)
-        specs = (queries, new, None if v is None else new, cache, each)
-        return target.split(body, specs, found)(q, k, v, kv, rows)
-
-    return split
 
 
 def logits(params: Params, hidden: jax.Array, c: ModelConfig, target: Target) -> jax.Array:

@@ -134,6 +134,8 @@ def exchanges(c: ModelConfig, target: Target) -> bool:
     each 2 * (n - 1) / n times, an exchange k / n times there and back, and once more to where it is wanted."""
     if target.chip == "v5e" and target.mesh is not None and target.mesh.size > MOST_V5E:
         return False
+    if target.exchange == "ragged" and len(target.over("experts")) > 1:
+        return False  # XLA exchanges over one axis
     return bool(target.exchange) and target.ways("experts") > 2 * c.experts_per_token > 0
 
 

@@ -16,20 +16,34 @@ from llminfer.request import Request, Sequence
 
 
 class Group:
-    """The pages of the layers of one window (0: all positions). sinks: first pages of a sequence that it never leaves behind."""
+    """The pages of the layers of one window (0: all positions). sinks: first pages of a sequence that it never leaves behind.
+    holders: devices that the pages lie on, one range of `total` // holders on each; the pages of a sequence go around them."""
 
-    def __init__(self, window: int, total: int, sinks: int = 0):
+    def __init__(self, window: int, total: int, sinks: int = 0, holders: int = 1):
         self.window = window
         self.sinks = sinks
         self.total = total
-        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(total))  # oldest first
+        self.holders = holders
+        self.part = max(1, total // holders)
+        ranges = (range(first, first + self.part) for first in range(0, total, self.part))
+        self.free_on: list[OrderedDict[int, None]] = [OrderedDict.fromkeys(pages) for pages in ranges]  # oldest first
         self.count = [0] * total
         self.page_of: dict[bytes, int] = {}
         self.hash_of: dict[int, bytes] = {}
 
-    def take(self) -> int:
-        """A page to write on: the one unused for longest; what it cached is forgotten."""
-        page, _ = self.free.popitem(last=False)
+    @property
+    def free(self) -> list[int]:
+        """The pages that can be had, cached ones included."""
+        return [page for pages in self.free_on for page in pages]
+
+    def can_take(self, first: int, count: int) -> bool:
+        """Whether `count` pages can be had, on the devices first, first + 1, ..."""
+        each = ((first + i, -(-(count - i) // self.holders)) for i in range(min(count, self.holders)))
+        return all(some <= len(self.free_on[holder % self.holders]) for holder, some in each)
+
+    def take(self, holder: int = 0) -> int:
+        """A page of a device (round and round) to write on: the one unused for longest; what it cached is forgotten."""
+        page, _ = self.free_on[holder % self.holders].popitem(last=False)
         if (digest := self.hash_of.pop(page, None)) is not None:
             del self.page_of[digest]
         self.count[page] = 1
@@ -37,20 +51,33 @@ class Group:
 
     def share(self, page: int) -> None:
         if self.count[page] == 0:
-            del self.free[page]
+            del self.free_on[page // self.part][page]
         self.count[page] += 1
 
     def drop(self, page: int) -> None:
         self.count[page] -= 1
         if self.count[page] == 0:
-            self.free[page] = None
+            free = self.free_on[page // self.part]
+            free[page] = None
             if page not in self.hash_of:  # nothing to find there: reuse it first
-                self.free.move_to_end(page, last=False)
+                free.move_to_end(page, last=False)
 
     def remember(self, page: int, digest: bytes) -> None:
         if digest not in self.page_of and page not in self.hash_of:
             self.page_of[digest] = page
             self.hash_of[page] = digest
+
+    def chain(self, digests: list[bytes], known: int) -> int:
+        """How many of the first `known` pages are cached, on devices that follow each other."""
+        first = self.page_of.get(digests[0], 0) // self.part if known else 0
+        follows = lambda i: (page := self.page_of.get(digests[i])) is not None and (page // self.part - first - i) % self.holders == 0
+        return next((i for i in range(known) if not follows(i)), known)
+
+    def start_on(self, digests: list[bytes]) -> int:
+        """The device for the first page of a sequence: where it is cached, else the one that has most."""
+        if digests:
+            return self.page_of[digests[0]] // self.part
+        return max(range(self.holders), key=lambda holder: len(self.free_on[holder]))
 
     def first_seen(self, position: int, page_size: int) -> int:
         """The first page, beside the sinks, that a token at `position` still sees."""
@@ -61,14 +88,23 @@ class Pages:
     """All groups of one engine. Positions and lengths in tokens."""
 
     def __init__(
-        self, windows: tuple[int, ...], totals: tuple[int, ...], page_size: int, *, prefix_cache: bool, sinks: tuple[int, ...] = ()
+        self,
+        windows: tuple[int, ...],
+        totals: tuple[int, ...],
+        page_size: int,
+        *,
+        prefix_cache: bool,
+        sinks: tuple[int, ...] = (),
+        holders: int = 1,
     ):
-        """One entry a group each; sinks: tokens."""
+        """One entry a group each; sinks: tokens. holders: devices among which pages of layers that see all positions are dealt out;
+        they divide the total. Other groups are small, and whole on each."""
         self.page_size = page_size
         self.prefix_cache = prefix_cache
         self.under_way: dict[bytes, Sequence] = {}  # digest of a page that is being computed -> by whom
         kept = [self.pages_for(tokens) for tokens in sinks] or [0] * len(windows)
-        self.groups = [Group(*each) for each in zip(windows, totals, kept, strict=True)]
+        dealt = [1 if window else holders for window in windows]
+        self.groups = [Group(*each) for each in zip(windows, totals, kept, dealt, strict=True)]
 
     @staticmethod
     def sliding_need(window: int, ahead: int, page_size: int, sinks: int = 0) -> int:
@@ -91,6 +127,8 @@ class Pages:
         known = tokens // self.page_size
         digests = self._digests(seq, known)
         for group, pages in zip(self.groups, seq.pages, strict=True):
+            if group.holders > 1:
+                seq.first_on = group.start_on(digests[: min(known, 1)])
             start = min(known, group.first_seen(tokens, self.page_size))
             kept = min(group.sinks, start)
             pages += [group.page_of[digest] for digest in digests[:kept]] + [-1] * (start - kept)
@@ -108,7 +146,7 @@ class Pages:
         known = (seq.length - 1) // self.page_size
         digests = self._digests(seq, known)
         for group in (g for g in self.groups if not g.window):
-            known = next((i for i in range(known) if digests[i] not in group.page_of), known)
+            known = group.chain(digests, known)
         while known and not all(self._window_known(group, digests, known) for group in self.groups if group.window):
             known -= 1
         return known * self.page_size
@@ -134,10 +172,10 @@ class Pages:
         rest of a prompt); all or, when too few are free, nothing. Sliding groups take pages as the window moves."""
         needs = [self.pages_for(tokens if group.window else max(tokens, ahead)) for group in self.groups]
         plan = list(zip(self.groups, seq.pages, needs, strict=True))
-        if any(need - len(pages) > len(group.free) for group, pages, need in plan):
+        if any(not group.can_take(seq.first_on + len(pages), need - len(pages)) for group, pages, need in plan):
             return False
         for group, pages, need in plan:
-            pages += [group.take() for _ in range(need - len(pages))]
+            pages += [group.take(seq.first_on + i) for i in range(len(pages), need)]
         return True
 
     def adopt(self, seq: Sequence, tokens: int, ahead: int) -> bool:
@@ -214,7 +252,7 @@ class Pages:
     @property
     def free(self) -> int:
         """Pages of the first group that can be had, cached ones included."""
-        return len(self.groups[0].free)
+        return sum(map(len, self.groups[0].free_on))
 
     @property
     def total(self) -> int:

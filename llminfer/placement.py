@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -36,6 +37,11 @@ def fitted(c: ModelConfig, settings: EngineConfig, target: Target) -> Target:
         )
     dense = not all(c.has_experts(layer) for layer in range(c.num_layers))
     mlp = dict(intermediate_size=c.intermediate_size * dense, shared_intermediate_size=c.shared_intermediate_size)
+    if target.ways("pages") > 1 and all(c.groups):
+        reason = f"{c.name} has no layers that see all positions, whose pages could lie on several devices; legal: 1"
+        raise refuse("mesh: sp", target.ways("pages"), reason)
+    if target.ways("pages") > 1 and target.stages > 1:
+        raise refuse("mesh: sp", target.ways("pages"), f"pages lie whole on the devices of a stage (pp={target.stages}); legal: 1")
     heads = dict(num_heads=c.num_heads)
     sizes = dict(heads=heads, mlp={name: size for name, size in mlp.items() if size}, vocab=dict(vocab_size=c.vocab_size))
     if target.stages > 1 and not target.stacked:
@@ -117,11 +123,13 @@ def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, total
     how: dict[str, Any] = dict(stacked=target.stacked, stages=target.stages, platform=target.platform)
     shapes = cache.abstract(on_mesh(c, target), totals, settings.page_size, dtype, **how)
 
-    def placed(shapes: Any, layers: str | None) -> Any:
-        where = lambda s: target.place((layers, None, heads, None, None)[: s.ndim])
+    def placed(shapes: Any, layers: str | None, pages: str | None = None) -> Any:
+        where = lambda s: target.place((layers, pages, heads, None, None)[: s.ndim])
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where(s)), shapes)
 
-    return cache.KVCache(placed(shapes.groups, "layers" if target.stages > 1 else None), placed(shapes.around, None))
+    layers, pages = "layers" if target.stages > 1 else None, [None if window else "pages" for window in c.groups]
+    groups = tuple(placed(group, layers, own) for group, own in zip(shapes.groups, pages, strict=True))
+    return cache.KVCache(groups, placed(shapes.around, None))
 
 
 def abstract_routing(c: ModelConfig, target: Target) -> balance.Routing | None:
@@ -143,7 +151,16 @@ def abstract_history(settings: EngineConfig, target: Target, context: int) -> An
 
 def tree_bytes(tree: Any) -> int:
     """Bytes of the arrays, or shapes, of a tree. Two int4 share a byte."""
-    return sum((x.size + 1) // 2 if x.dtype == jnp.int4 else x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(_bytes(x.size, x.dtype) for x in jax.tree.leaves(tree))
+
+
+def device_bytes(tree: Any) -> int:
+    """The same of what one device has of arrays, or shapes, with shardings."""
+    return sum(_bytes(math.prod(x.sharding.shard_shape(x.shape)), x.dtype) for x in jax.tree.leaves(tree))
+
+
+def _bytes(size: int, dtype: Any) -> int:
+    return (size + 1) // 2 if dtype == jnp.int4 else size * dtype.itemsize
 
 
 def zeros(shapes: Any) -> Any:
@@ -257,7 +274,8 @@ def _place_leaves(leaves: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig,
 
 def pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, target: Target) -> tuple[int, ...]:
     """Pages of each group. Full groups: settings.pages, or as many as all slots at full context need and memory
-    allows; sliding groups: what all slots can hold at most, whatever the length. Raises UserError when weights and cache cannot fit."""
+    allows; where they are dealt out, as many on each device, so perhaps a few more. Sliding groups: what all slots can hold at most,
+    whatever the length. Raises UserError when a device has no room for its part of weights and cache."""
     c = on_mesh(c, target)
     size, itemsize = settings.page_size, jnp.dtype(settings.kv_dtype or target.dtype).itemsize
     per_sequence = -(-context // size)
@@ -267,25 +285,27 @@ def pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, target: Tar
         most = settings.slots * Pages.sliding_need(c.groups[group], ahead, size, c.sinks[group]) + -(-2 * settings.chunk // size)
         return min(settings.slots * per_sequence, most)
 
-    fixed = sum(sliding(g) * cache.page_bytes(c, size, itemsize, g, target.platform) for g, w in enumerate(c.groups) if w)
-    page = sum(cache.page_bytes(c, size, itemsize, g, target.platform) for g, w in enumerate(c.groups) if not w)
-    weight_bytes = tree_bytes(abstract_params(c, settings, target))
-    memory = _memory(target)
+    heads, dealt = 1 if c.kv_rank else target.ways("kv_heads"), target.ways("pages")
+    page_bytes = [cache.page_bytes(c, size, itemsize, g, target.platform) // heads for g in range(len(c.groups))]  # of one device
+    fixed = sum(sliding(g) * page_bytes[g] for g, w in enumerate(c.groups) if w)
+    page = sum(page_bytes[g] for g, w in enumerate(c.groups) if not w)
+    weight_bytes, memory = device_bytes(abstract_params(c, settings, target)), _memory(target)
     spare = memory * 0.92 - weight_bytes - fixed
-    wanted = settings.slots * per_sequence if settings.pages is None else settings.pages
+    wanted = -(-(settings.slots * per_sequence if settings.pages is None else settings.pages) // dealt)  # of one device
     if settings.pages is None and page:
         wanted = min(wanted, int(spare // page))
     if spare < wanted * page or wanted < 1:
-        have, need = memory / 2**30, (weight_bytes + fixed + max(wanted, 1) * page) / 2**30
+        devices = 1 if target.mesh is None else target.mesh.size
+        have, need = memory * devices / 2**30, (weight_bytes + fixed + max(wanted, 1) * page) * devices / 2**30
         raise UserError(
             f"model={c.name}: weights and cache need {need:.1f} GiB, there are {have:.1f} GiB; less context, slots or pages would do"
         )
-    return tuple(sliding(g) if w else wanted for g, w in enumerate(c.groups))
+    return tuple(sliding(g) if w else wanted * dealt for g, w in enumerate(c.groups))
 
 
 def _memory(target: Target) -> float:
-    """Bytes that are there to use, over all devices of the target."""
+    """Bytes that are there to use on one device of the target; those that a CPU makes up share its memory."""
     stats = target.first_device.memory_stats() if target.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
-        return float(stats["bytes_limit"]) * (1 if target.mesh is None else target.mesh.size)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return float(stats["bytes_limit"])
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / (1 if target.mesh is None else target.mesh.size)

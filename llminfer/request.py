@@ -252,6 +252,7 @@ class Sequence:
     pages: list[list[int]] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     findable: int = 0
+    first_on: int = 0  # the device of its first page, where those of a sequence are dealt out to several
     finish: FinishReason | None = None
     stream: Any = None  # a TextStream
     printed: int = 0  # tokens that have gone into it

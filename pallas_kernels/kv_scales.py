@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from pallas_kernels.dealt import entry_of, is_held, of_rows
+
 SMALLEST = 1e-30  # of a scale: zeros have one too
 
 
@@ -23,26 +25,29 @@ def rounded(dtype, x):
     return jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x
 
 
-def begun(page: int, page_table, context):
-    """The page [R] that each sequence's first new token goes into, behind context [R] tokens."""
-    return page_table[jnp.arange(context.shape[0]), jnp.clip(context // page, 0, page_table.shape[1] - 1)]
+def begun(page: int, page_table, context, dealt=None):
+    """The page [R] that each sequence's first new token goes into, behind context [R] tokens, if it is held."""
+    return page_table[jnp.arange(context.shape[0]), entry_of(context, page, dealt, page_table.shape[1])]
 
 
-def owners(tokens: int, page: int, page_table, q_start, q_len, kv_len):
-    """Of each of `tokens` rows: the sequence it belongs to, its position, the page that holds it, and whether it belongs to one at all."""
+def owners(tokens: int, page: int, page_table, q_start, q_len, kv_len, dealt=None):
+    """Of each of `tokens` rows: the sequence it belongs to, its position, the page that holds it, and whether it belongs to one at all
+    (and to a page that is held, see dealt.py)."""
     token = jnp.arange(tokens)[:, None]
     mine = (token >= q_start) & (token < q_start + q_len)  # [T, R]
     owner = jnp.argmax(mine, axis=1)
     pos = (kv_len - q_len - q_start)[owner] + token[:, 0]
-    return owner, pos, page_table[owner, jnp.clip(pos // page, 0, page_table.shape[1] - 1)], mine.any(1)
+    own = of_rows(dealt, owner)
+    ids = page_table[owner, entry_of(pos, page, own, page_table.shape[1])]
+    return owner, pos, ids, mine.any(1) if dealt is None else mine.any(1) & is_held(pos, page, own)
 
 
-def grow(k, v, kv_scale, dtype, page: int, *, layer, page_table, q_start, q_len, kv_len):
+def grow(k, v, kv_scale, dtype, page: int, *, layer, page_table, q_start, q_len, kv_len, dealt=None):
     """For new k and v [T, Hkv, D] on their way into pages of `page` tokens of type `dtype`. Returns (kv_scale, rows, ratio): the scales
     with what the new rows need; the rows [T, Hkv, 2 * D] in the cache's type; ratio [R, 2 * Hkv], what the numbers that the page of a
     sequence's first new token held before are to be multiplied by."""
     tokens, heads, dim = k.shape
-    owner, pos, ids, owned = owners(tokens, page, page_table, q_start, q_len, kv_len)
+    owner, pos, ids, owned = owners(tokens, page, page_table, q_start, q_len, kv_len, dealt)
     context, nowhere = kv_len - q_len, kv_scale.shape[1]
     both = jnp.stack([k, v], axis=2).astype(jnp.float32)  # [T, Hkv, 2, D]
     need = jnp.maximum(jnp.abs(both).max(-1) / largest(dtype), SMALLEST).reshape(tokens, 2 * heads)
@@ -52,7 +57,8 @@ def grow(k, v, kv_scale, dtype, page: int, *, layer, page_table, q_start, q_len,
     mine = jnp.where(owned[:, None], grown[layer, ids], 1.0).reshape(tokens, heads, 2, 1)
     rows = jnp.where(owned[:, None, None, None], both / mine, 0.0)
     rows = rounded(dtype, rows).astype(dtype)
-    shared, begins_in = ((context % page != 0) & (q_len > 0))[:, None], begun(page, page_table, context)
+    shared, begins_in = ((context % page != 0) & (q_len > 0))[:, None], begun(page, page_table, context, dealt)
+    shared = shared if dealt is None else shared & is_held(context, page, dealt)[:, None]
     ratio = jnp.where(shared, kv_scale[layer, begins_in] / jnp.where(shared, grown[layer, begins_in], 1.0), 1.0)
     return grown, rows.reshape(tokens, heads, 2 * dim), ratio
 
@@ -63,11 +69,11 @@ def lanes(scale, dim: int, row: int):
     return jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, row - 2 * dim)], constant_values=1.0)
 
 
-def rescale(kv, ratio, dim: int, *, layer, page_table, context):
+def rescale(kv, ratio, dim: int, *, layer, page_table, context, dealt=None):
     """The cache kv [L, P, Hkv, page, row] with what the page of each sequence's first new token holds already, positions below
     context [R], times ratio [R, 2 * Hkv] as grow gives it."""
     page = kv.shape[3]
-    ids = begun(page, page_table, context)
+    ids = begun(page, page_table, context, dealt)
     grown = (ratio < 1).any(axis=1)
     old = kv[layer, ids].astype(jnp.float32)
     new = rounded(kv.dtype, old * lanes(ratio, dim, kv.shape[4])[:, :, None])

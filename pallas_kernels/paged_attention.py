@@ -21,6 +21,9 @@ What may be asked for beside that:
                        2405.04434); v is None, out [T, Hq, value_dim]
     kv_scale float32 [L, P, 2 * Hkv]   a cache of int8 or float8_e4m3fn with scales by page and head (kv_scales.py)
     with_lse           the logarithm of each row's sum of exponentials, float32 [T, Hq], by which parts of a context are merged
+    dealt              (ways, turn int32 [R]), with with_lse: the pages of each context are dealt out to `ways` caches (dealt.py), of which
+                       this is one, and page_table has those that it holds. Lengths are of the whole context. New rows of other caches'
+                       pages are not written, and a row sees what is held here: where that is nothing, zeros and a sum of -inf. No window
 
 Keys and values share the lanes of one row so that a token of one head is one contiguous vector: head_dim 64 then fills
 the 128 lanes of a TPU register, and a page is one transfer. Online softmax: Milakov and Gimelshein, arXiv 1805.02867;
@@ -30,7 +33,7 @@ transfer of whole tiles of lanes, its first four the values, and all query heads
 `impl` chooses the body: "reference" (plain jnp, below: the contract and what a CPU runs), "batched" (the same with all
 decoding sequences at once), "pallas" (the TPU kernel of paged_attention_tpu.py), "interpret" (that kernel, interpreted on a CPU),
 "triton" (the GPU kernels of paged_attention_gpu.py) and "triton-interpret". What neither kernel has yet goes to the reference, whatever
-`impl` says (on a TPU or GPU as "batched"): value_dim, chunked.
+`impl` says (on a TPU or GPU as "batched"): value_dim, chunked, and on a GPU dealt.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import kv_scales
+from pallas_kernels.dealt import held, of_rows, position_of
 from pallas_kernels.rope import apart
 
 # Tokens of context that the reference handles at a time, for sequences that decode and for chunks; and query rows of a
@@ -78,6 +82,7 @@ def paged_attention(
     value_dim=None,
     chunked=False,
     with_lse=False,
+    dealt=None,
     debug=False,
     chip=None,
     blocks=None,
@@ -91,16 +96,19 @@ def paged_attention(
     if k is None:
         packed, (q, k, v) = q, apart(q, rope)
     check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max, value_dim)
-    impl = FALLBACK.get(impl, impl) if chunked or value_dim is not None else impl
+    if chunked or value_dim is not None or (dealt is not None and impl.startswith("triton")):
+        impl = FALLBACK.get(impl, impl)
     check_options(q, kv, window, sinks, q_sinks, sink_logits, tree, kv_scale, kv_splits)
-    sound, asked = _sound(q.shape[0], kv, layer, page_table, q_start, q_len, kv_len, window) if debug else None, q_len
+    check_dealt(dealt, page_table, with_lse, sinks, sink_logits, tree)
+    sound, asked = _sound(q.shape[0], kv, layer, page_table, q_start, q_len, kv_len, window, dealt) if debug else None, q_len
     q_len = q_len if sound is None else jnp.where(sound, q_len, 0)
     args: dict[str, Any] = dict(layer=layer, page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len, window=window)
     args |= dict(scale=scale, softcap=softcap, q_max=q_max, sinks=sinks, q_sinks=q_sinks, sink_logits=sink_logits, tree=tree)
-    tpu = dict(kv_splits=kv_splits, with_lse=with_lse, chip=chip, blocks=blocks)
-    body = _body(impl, tpu, dict(packed=packed, rope=rope), dict(value_dim=value_dim, chunked=chunked))
+    tpu = dict(kv_splits=kv_splits, with_lse=with_lse, chip=chip, blocks=blocks, dealt=dealt)
+    body = _body(impl, tpu, dict(packed=packed, rope=rope), dict(value_dim=value_dim, chunked=chunked, dealt=dealt))
     out, kv, kv_scale, lse = body(q, k, v, kv, **args, kv_scale=kv_scale)
-    out = out if sound is None else _spoil(out, sound, q_start, asked)
+    if sound is not None:
+        out, lse = _spoil(out, sound, q_start, asked), _spoil(lse, sound, q_start, asked) if with_lse else None
     return (out, kv, *([] if kv_scale is None else [kv_scale]), *([lse] if with_lse else []))
 
 
@@ -122,14 +130,14 @@ def _body(impl, tpu: dict[str, Any], gpu: dict[str, Any], plain: dict[str, Any])
     raise ValueError(f"impl={impl!r}: legal: reference, batched, pallas, interpret, triton, triton-interpret")
 
 
-def _sound(tokens, kv, layer, page_table, q_start, q_len, kv_len, window):
+def _sound(tokens, kv, layer, page_table, q_start, q_len, kv_len, window, dealt):
     """Which sequences [R] have rows, lengths and page ids that exist."""
-    pages, page = kv.shape[1], kv.shape[3]
+    pages, page, most = kv.shape[1], kv.shape[3], page_table.shape[1] * kv.shape[3] * (1 if dealt is None else dealt[0])
     low = jnp.where(window > 0, jnp.maximum(kv_len - q_len - window + 1, 0), 0) // page
     place = jnp.arange(page_table.shape[1])
-    looked_at = (place >= low[:, None]) & (place * page < kv_len[:, None])
+    looked_at = (place >= low[:, None]) & (place * page < held(kv_len, page, dealt)[:, None])
     ids = jnp.all(~looked_at | ((page_table >= 0) & (page_table < pages)), axis=1)
-    lengths = (q_len >= 0) & (kv_len >= q_len) & (kv_len <= page_table.shape[1] * page) & (q_start >= 0) & (q_start + q_len <= tokens)
+    lengths = (q_len >= 0) & (kv_len >= q_len) & (kv_len <= most) & (q_start >= 0) & (q_start + q_len <= tokens)
     return ids & lengths & (window >= 0) & (layer >= 0) & (layer < kv.shape[0])
 
 
@@ -137,7 +145,8 @@ def _spoil(out, sound, q_start, q_len):
     """NaN in the rows of sequences that are not sound, one row at least, where no other sequence has them."""
     row = jnp.arange(out.shape[0])[:, None]
     of = (row >= q_start) & (row < q_start + jnp.maximum(q_len, 1))
-    return jnp.where(((of & ~sound).any(1) & ~(of & sound).any(1))[:, None, None], jnp.nan, out)
+    bad = (of & ~sound).any(1) & ~(of & sound).any(1)
+    return jnp.where(bad.reshape(-1, *[1] * (out.ndim - 1)), jnp.nan, out)
 
 
 def check(q, k, v, kv, page_table, q_start, q_len, kv_len, q_max, value_dim=None):
@@ -187,6 +196,17 @@ def check_options(q, kv, window, sinks, q_sinks, sink_logits, tree, kv_scale, kv
         raise ValueError(f"kv_splits={kv_splits}: must be 1 or more, and 1 with sinks or sink_logits")
 
 
+def check_dealt(dealt, page_table, with_lse, sinks, sink_logits, tree):
+    """Static checks of pages that are dealt out. Raises ValueError."""
+    if dealt is None:
+        return
+    if dealt[0] < 1 or dealt[1].shape != page_table.shape[:1]:
+        rows = page_table.shape[0]
+        raise ValueError(f"dealt: ways {dealt[0]} must be 1 or more, and turn {dealt[1].shape} must be [{rows}], as page_table")
+    if not with_lse or sinks or sink_logits is not None or tree is not None:
+        raise ValueError("dealt: what is found has to be merged: needs with_lse, and no sinks, sink_logits or tree")
+
+
 def paged_attention_reference(
     q,
     k,
@@ -210,15 +230,16 @@ def paged_attention_reference(
     value_dim=None,
     chunked=False,
     batched=False,
+    dealt=None,
 ):
     """The contract in plain jnp: see the module. Work grows with the live context (batched: with the longest), not with
     the table. Returns (out, kv, kv_scale, lse)."""
-    rows = dict(page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len)
+    rows = dict(page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len, dealt=dealt)
     if kv_scale is None:
         new = (k if v is None else jnp.concatenate([k, v], axis=-1)).astype(kv.dtype)
     else:
         kv_scale, new, ratio = kv_scales.grow(k, v, kv_scale, kv.dtype, kv.shape[3], layer=layer, **rows)
-        kv = kv_scales.rescale(kv, ratio, k.shape[2], layer=layer, page_table=page_table, context=kv_len - q_len)
+        kv = kv_scales.rescale(kv, ratio, k.shape[2], layer=layer, page_table=page_table, context=kv_len - q_len, dealt=dealt)
     kv = write_pages(new, kv, layer=layer, **rows)
     look = functools.partial(_look, kv=kv, kv_scale=kv_scale, layer=layer, window=window, scale=scale, softcap=softcap, sinks=sinks)
     dim = q.shape[2]
@@ -226,35 +247,40 @@ def paged_attention_reference(
     look = functools.partial(look, sink_logits=sink_logits, of_value=of_value, chunked=chunked)
     qs = q[:, None] if q_sinks is None else jnp.stack([q, q_sinks], axis=1)  # [T, 1 or 2, Hq, D]
     empty = (jnp.zeros((*q.shape[:2], value_dim or dim), q.dtype), jnp.full(q.shape[:2], -jnp.inf))
-    found = _one_each(qs, empty, page_table, q_start, jnp.where(q_len == 1, kv_len, 0), look, batched)
+    found = _one_each(qs, empty, page_table, q_start, jnp.where(q_len == 1, kv_len, 0), dealt, look, batched)
     if q_max > 1:
-        found = _in_blocks(qs, found, page_table, q_start, jnp.where(q_len > 1, q_len, 0), kv_len, tree, look)
+        found = _in_blocks(qs, found, page_table, q_start, jnp.where(q_len > 1, q_len, 0), kv_len, tree, dealt, look)
     return found[0], kv, kv_scale, found[1]
 
 
-def write_pages(new, kv, *, layer, page_table, q_start, q_len, kv_len):
+def write_pages(new, kv, *, layer, page_table, q_start, q_len, kv_len, dealt=None):
     """Scatters the new rows [T, Hkv, lanes or fewer] into their pages: in place when kv is donated. Rows of nobody are dropped."""
     page_size = kv.shape[3]
-    _, pos, page, owned = kv_scales.owners(new.shape[0], page_size, page_table, q_start, q_len, kv_len)
+    _, pos, page, owned = kv_scales.owners(new.shape[0], page_size, page_table, q_start, q_len, kv_len, dealt)
     page = jnp.where(owned, page, kv.shape[1])  # out of range: dropped
     heads = jnp.arange(kv.shape[2])
     new = jnp.pad(new, ((0, 0), (0, 0), (0, kv.shape[4] - new.shape[2])))
     return kv.at[layer, page[:, None], heads[None], (pos % page_size)[:, None]].set(new, mode="drop")
 
 
-def _one_each(qs, empty, page_table, q_start, kv_len, look, batched):
+def _one_each(qs, empty, page_table, q_start, kv_len, dealt, look, batched):
     """The sequences that bring one token each (kv_len 0: nothing to do): all at once, or one after the other, so that each
     costs its own length (XLA:CPU is no faster at several). Other rows are as in `empty`."""
     live = kv_len > 0
     rows = jnp.clip(q_start, 0, qs.shape[0] - 1)
-    at_once = lambda q, length, table: [x[:, 0] for x in look(q[:, None], (length - 1)[:, None], table, block=DECODE_BLOCK)]
-    each = (qs[rows], kv_len, page_table)
+    ways, turn = dealt or (1, None)
+
+    def at_once(q, length, table, turn=None):
+        own = None if turn is None else (ways, turn)
+        return [x[:, 0] for x in look(q[:, None], (length - 1)[:, None], table, block=DECODE_BLOCK, dealt=own)]
+
+    each = (qs[rows], kv_len, page_table, *([] if turn is None else [turn]))
     found = at_once(*each) if batched else lax.map(lambda row: [x[0] for x in at_once(*(x[None] for x in row))], each)
     at = jnp.where(live, q_start, qs.shape[0])
     return tuple(x.at[at].set(y.astype(x.dtype), mode="drop") for x, y in zip(empty, found))
 
 
-def _in_blocks(qs, found, page_table, q_start, q_len, kv_len, tree, look):
+def _in_blocks(qs, found, page_table, q_start, q_len, kv_len, tree, dealt, look):
     """Blocks of query rows one after the other, as many as the sequences have: padding costs nothing."""
     size = min(Q_BLOCK, qs.shape[0])
     ends = jnp.cumsum((q_len + size - 1) // size)  # blocks up to and including each sequence
@@ -271,7 +297,8 @@ def _in_blocks(qs, found, page_table, q_start, q_len, kv_len, tree, look):
         start = q_start[row] + offset[0]
         cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
         nodes = None if tree is None else (context[None], cut(tree)[None])
-        new = look(cut(padded)[None], pos[None], page_table[row][None], block=PREFILL_BLOCK, nodes=nodes)
+        own = of_rows(dealt, row[None])
+        new = look(cut(padded)[None], pos[None], page_table[row][None], block=PREFILL_BLOCK, nodes=nodes, dealt=own)
         put = lambda x, y: lax.dynamic_update_slice_in_dim(
             x, jnp.where(inside.reshape(-1, *[1] * (x.ndim - 1)), y[0].astype(x.dtype), cut(x)), start, axis=0
         )
@@ -280,30 +307,31 @@ def _in_blocks(qs, found, page_table, q_start, q_len, kv_len, tree, look):
     return tuple(x[: qs.shape[0]] for x in lax.while_loop(lambda c: c[0] < ends[-1], step, (0, found))[1])
 
 
-def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks, sink_logits, of_value, chunked, block, nodes=None):
+def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks, sink_logits, of_value, chunked, block, nodes=None, dealt):
     """Attention of qs [R, C, 1 or 2, Hq, D] (q, and q_sinks where there are sinks) at positions pos [R, C] (-1: nothing to see) over
     the pages of table [R, n]. nodes: None, or (length of the context [R], words [R, C, W]) where rows are a tree. Returns float32
     [R, C, Hq, D] and the sums' logarithms [R, C, Hq]. of_value: which lanes of a row are its value. A loop over blocks of
     `block` tokens, from the first that a window reaches to the last."""
-    rows, chunk, _, q_heads, dim = qs.shape
-    heads, page_size = kv.shape[2], kv.shape[3]
+    (rows, chunk, _, q_heads, dim), (heads, page_size) = qs.shape, kv.shape[2:4]
     group, pages_a_block = q_heads // heads, max(1, block // page_size)
     block = pages_a_block * page_size
     # dynamic_slice clamps: a table that is a whole number of blocks long keeps the last block where it belongs.
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages_a_block)))
     dtype = kv.dtype if kv_scale is None else qs.dtype
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    dot = functools.partial(
-        _products if chunk == 1 and group <= MOST_PRODUCTS else jnp.einsum, precision=precision, preferred_element_type=jnp.float32
-    )
+    product = _products if chunk == 1 and group <= MOST_PRODUCTS else jnp.einsum
+    dot = functools.partial(product, precision=precision, preferred_element_type=jnp.float32)
     whole = chunk == 1  # zeros under the value lanes: the product reads whole rows, which need not be cut out
     qs = _by_heads((qs * scale).astype(dtype), heads, kv.shape[4] if whole else dim)
     flat = lambda x: jnp.broadcast_to(x[:, :, None], (rows, chunk, group, x.shape[2])).reshape(rows, 1, chunk * group, -1)
     depth = pos if nodes is None else jnp.where(pos >= 0, nodes[0][:, None] + tree_depth(nodes[1]), -1)
     nodes = nodes and (nodes[0].reshape(rows, 1, 1, 1), flat(nodes[1]))
-    pos, depth = flat(pos[..., None]), flat(depth[..., None])
+    pos, depth = flat(pos[..., None]), flat(depth[..., None])  # [R, 1, C * G, 1]
     low = depth // window * window if chunked else jnp.where(window > 0, depth - window + 1, 0)
-    first, last = jnp.maximum(jnp.min(jnp.where(pos >= 0, low, 1 << 30)), 0) // block, (jnp.max(pos) + block) // block
+    dealt = None if dealt is None else (dealt[0], dealt[1].reshape(rows, 1, 1, 1))
+    first = 0 if dealt else jnp.maximum(jnp.min(jnp.where(pos >= 0, low, 1 << 30)), 0) // block
+    count = held(pos + 1, page_size, dealt)  # of what is held here, what lies before the end of each row
+    last = (jnp.max(count) + block - 1) // block
 
     def attend(q, ids, inside, sums):
         """Adds the tokens of pages ids [R, n] that are inside [R, 1, C * G, n * page] to the running sums."""
@@ -315,15 +343,14 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
         keys, values = (found, found) if whole else (found[..., :dim], found[..., of_value])
         scores = jnp.where(inside, _capped(dot("rhqd,rhtd->rhqt", q, keys), softcap), _NEG)
         new_top = jnp.maximum(top, scores.max(-1))
-        weight = jnp.exp(scores - new_top[..., None])
-        keep = jnp.exp(top - new_top)
+        weight, keep = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
         mixed = dot("rhqt,rhtd->rhqd", weight.astype(dtype), values)
         return new_top, total * keep + weight.sum(-1), acc * keep[..., None] + (mixed[..., of_value] if whole else mixed)
 
     def step(carry):
         i, *sums = carry
         ids = lax.dynamic_slice_in_dim(table, i * pages_a_block, pages_a_block, axis=1)
-        at = i * block + jnp.arange(block)
+        at = position_of(i * block + jnp.arange(block), page_size, dealt)
         return i + 1, *attend(qs[0], ids, (at <= pos) & (at >= low if nodes is None else _in_tree(at, low, *nodes)), sums)
 
     shape = (rows, heads, chunk * group)
@@ -335,9 +362,10 @@ def _look(qs, pos, table, *, kv, kv_scale, layer, window, scale, softcap, sinks,
         sums = attend(qs[1], first_pages, (at < sinks) & (at < low), sums)
     _, top, total, acc = lax.while_loop(lambda c: c[0] < last, step, (first, *sums))
     # By position and not by what was found: a sequence's own NaN must come through, on a GPU too, where max drops it.
-    out = jnp.where(pos >= 0, acc / total[..., None], 0)
+    out = jnp.where(count > 0, acc / total[..., None], 0)
+    lse = jnp.where(count[..., 0] > 0, top + jnp.log(total), -jnp.inf)
     order = lambda x: x.reshape(rows, heads, chunk, group, -1).swapaxes(1, 2).reshape(rows, chunk, q_heads, -1)
-    return order(out), order(top + jnp.log(total))[..., 0]
+    return order(out), order(lse)[..., 0]
 
 
 def _capped(scores, softcap):

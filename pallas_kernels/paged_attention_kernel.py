@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dealt import position_of
 from pallas_kernels.paged_attention_pages import (
     Item,
     Reader,
@@ -33,10 +34,16 @@ def _visible(plan: Plan, s: Scalars, item: Item, tree: Any, base, keys: int, kno
     Columns.attend takes it. known: so many keys, from the first on, are seen by every row."""
     reach = jnp.where(s.window[0] > 0, s.window[0], 1 << 30)
     if plan.decode:
-        back = item.first - base - lax.broadcasted_iota(jnp.int32, (plan.rows, keys), 1)
+        # Where pages are dealt out the new row may be another's: then it is behind the end, and nothing is written.
+        last = item.end - 1 if plan.dealt else item.first
+        back = last - base - lax.broadcasted_iota(jnp.int32, (plan.rows, keys), 1)
         return (back >= 0) & (back < reach)
     token = lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.rows), 1) & (plan.tile - 1)
-    key = base + lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.rows), 0)
+    key = lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.rows), 0)
+    if plan.reads:
+        ahead, position = item.first - item.row + token - key, _positions(plan, s, item, base)
+        return lambda n: None if SUBLANES * (n + 1) <= known else ahead >= position(n)
+    key = base + key
     row_pos = item.first - item.row + token if tree is None else item.known + tree[0, plan.tree_words :, :]
     # as unsigned numbers, so that one comparison does for both ends
     mask = lambda n: (row_pos - key - SUBLANES * n).astype(jnp.uint32) < reach.astype(jnp.uint32)
@@ -51,6 +58,15 @@ def _visible(plan: Plan, s: Scalars, item: Item, tree: Any, base, keys: int, kno
         return ((place < 0) & mask(n)) | ((place >= 0) & ((bits >> (place & 31)) & 1 == 1))
 
     return lambda n: None if SUBLANES * (n + 1) <= known else mask(n) if tree is None else node(n)
+
+
+def _positions(plan: Plan, s: Scalars, item: Item, base):
+    """n -> the position of place base + SUBLANES * n, which may be the first of a piece or of a probe; as many keys are on one page."""
+    dealt = (plan.dealt, s.begin[item.seq])
+    if plan.piece % plan.page or plan.probe % plan.page:
+        return lambda n: position_of(base + SUBLANES * n, plan.page, dealt)
+    start = position_of(base, plan.page, dealt)
+    return lambda n: start + SUBLANES * n // plan.page * plan.page * plan.dealt + SUBLANES * n % plan.page
 
 
 class _StreamSinks(NamedTuple):
@@ -241,7 +257,7 @@ class _Step(NamedTuple):
 
     def _finish(self, item: Item):
         plan, out = self.plan, self.refs.out
-        is_mine = lambda token: (token >= item.row) & (token < item.row + item.end - item.first)
+        is_mine = lambda token: (token >= item.row) & (token < item.row + item.count)
         mine = is_mine(lax.broadcasted_iota(jnp.int32, (1, plan.rows), 1) & (plan.tile - 1))
         own_rows = is_mine(lax.broadcasted_iota(jnp.int32, (plan.tile, plan.result_width), 0))
 
@@ -263,7 +279,7 @@ class _Step(NamedTuple):
         if plan.decode:
             _for_heads(plan, plan.heads, decoded)
             return
-        whole, unrolled = (item.row == 0) & (item.end - item.first == plan.tile), UNROLLED_ROWS // plan.rows
+        whole, unrolled = (item.row == 0) & (item.count == plan.tile), UNROLLED_ROWS // plan.rows
         pl.when(whole)(lambda: _for_heads(plan, unrolled, lambda h: tiled(h, True)))
         pl.when(jnp.logical_not(whole))(lambda: _for_heads(plan, 1, lambda h: tiled(h, False)))
         worst = self.softmax.worst[...]
@@ -288,8 +304,8 @@ def _kernel(*refs, plan: Plan):
     @pl.when(pl.program_id(1) < s.item_count[0])
     def _():
         reader = Reader(plan, s, r.kv_out, r.buf, r.read_sem)
-        ratio = r.ratio if plan.quantized else None
-        writer = Writer(plan, s, r.kv_out, r.buf, r.new, ratio, r.stage, r.pending, r.write_sem)
+        ratio, new = r.ratio if plan.quantized else None, None if plan.reads else r.new
+        writer = Writer(plan, s, r.kv_out, r.buf, new, ratio, r.stage, r.pending, r.write_sem)
         scaled = Scaled(plan, r.scales, r.buf, r.plain) if plan.quantized else None
         sinks = _StreamSinks(plan, s, r.kv_out, r.q_sinks, r.sink_buf, r.sink_sem) if plan.sinks else None
         softmax = Rows(plan, r.acc, r.top, r.total) if plan.decode else Columns(plan, r.acc, r.top, r.total, r.worst)
@@ -299,8 +315,8 @@ def _kernel(*refs, plan: Plan):
 def _names(plan: Plan) -> tuple[list[str], list[str], list[str]]:
     """What a kernel has beside its scalars: operands, results, scratch."""
     tiled, some = not plan.decode, lambda condition, *names: list(names) if condition else []
-    operands = ["q", "new", "kv", *some(plan.sinks, "q_sinks"), *some(plan.logits, "logits"), *some(plan.tree_words, "tree")]
-    operands += some(plan.quantized, "ratio", "scales")
+    operands = ["q", *some(not plan.reads, "new"), "kv", *some(plan.sinks, "q_sinks")]
+    operands += some(plan.logits, "logits") + some(plan.tree_words, "tree") + some(plan.quantized, "ratio", "scales")
     results = ["out", "kv_out", *some(tiled, "excess"), *some(plan.lse, "lse")]
     scratch = ["buf", "stage", "slot", "pending", "read_sem", "write_sem", "acc", "top", "total", *some(tiled, "worst")]
     return operands, results, scratch + some(plan.sinks, "sink_buf", "sink_sem") + some(plan.quantized, "plain")

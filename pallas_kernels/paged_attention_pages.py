@@ -3,7 +3,7 @@ from the cache, and new rows on their way into it. See paged_attention_tpu.py fo
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dealt import held
 from pallas_kernels.kv_scales import rounded
 from pallas_kernels.paged_attention_plan import LANES, Plan
 
@@ -25,7 +26,7 @@ class Scalars(NamedTuple):
     q_start: jax.Array  # [R]
     q_len: jax.Array  # [R]
     kv_len: jax.Array  # [R]
-    begin: jax.Array  # [R], positions before it are not looked at
+    begin: jax.Array  # [R], positions before it are not looked at; for tiles of a dealt plan: the number of the first page that is held
     end: jax.Array  # [R], nor from here on: kv_len, or less where several entries share one context
     grown: jax.Array  # [R], 1: the scales of the page that the first new row goes into have grown
     item_seq: jax.Array  # [items]
@@ -42,22 +43,29 @@ class Item(NamedTuple):
     end: jax.Array
     low: jax.Array
     known: jax.Array  # every row sees all keys before this position, but for the window
+    count: jax.Array  # of rows; where pages are dealt out, low, end and known are places (dealt.py), and others lie between
 
 
 def item_of(plan: Plan, s: Scalars, i) -> Item:
     seq, tile_row = s.item_seq[i], s.item_tile[i] * plan.tile
     start, length = s.q_start[seq], s.q_len[seq]
     row_from, row_to = jnp.maximum(start, tile_row), jnp.minimum(start + length, tile_row + plan.tile)
-    context = s.kv_len[seq] - length
+    context, count = s.kv_len[seq] - length, row_to - row_from
     first = context + row_from - start
+    if plan.reads:  # one key at least, where nothing is seen too: some page is read for each item
+        dealt = (plan.dealt, s.begin[seq])
+        end, known = (held(n, plan.page, dealt) for n in (first + count, first + 1))
+        return Item(seq, row_from - tile_row, first, jnp.maximum(end, 1), jnp.int32(0), known, count)
     oldest = context if plan.tree_words else first  # a node of a tree lies behind its ancestors, not behind all rows before it
     low = jnp.where(s.window[0] > 0, jnp.maximum(oldest - s.window[0] + 1, 0), 0)
-    end = jnp.minimum(first + row_to - row_from, s.end[seq])
-    return Item(seq, row_from - tile_row, first, end, jnp.maximum(low, s.begin[seq]), context if plan.tree_words else first + 1)
+    end = jnp.minimum(first + count, s.end[seq])
+    return Item(seq, row_from - tile_row, first, end, jnp.maximum(low, s.begin[seq]), context if plan.tree_words else first + 1, count)
 
 
 def requested_early(plan: Plan, s: Scalars, i, item: Item):
     """Whether the item before `i` requested the first block of `i` (rule 3)."""
+    if plan.reads:
+        return i > 0
     written_from = (s.kv_len[item.seq] - s.q_len[item.seq]) // plan.align * plan.align
     clean = (item.low // plan.block + 1) * plan.block <= written_from
     return (i > 0) & ((s.item_seq[jnp.maximum(i - 1, 0)] != item.seq) | clean)
@@ -114,7 +122,7 @@ class Writer(NamedTuple):
     s: Scalars
     kv: jax.Array
     buf: jax.Array
-    new: jax.Array
+    new: Any  # None where nothing is written
     ratio: jax.Array | None  # of a page's old scales to its new ones, in each lane of a row; None without scales
     stage: jax.Array
     pending: jax.Array
@@ -138,6 +146,8 @@ class Writer(NamedTuple):
 
     def patch(self, item: Item, b, slot, parity):
         """Puts the item's new rows of block b into the buffer and starts their way to the cache."""
+        if self.plan.reads:
+            return
         for w in range(self.plan.windows):
             start = (item.first // self.plan.align + w) * self.plan.align
             patch = functools.partial(self._patch_window, item, start, b, slot, parity, w)

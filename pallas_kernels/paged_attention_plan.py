@@ -44,11 +44,17 @@ class Plan:
     tree_words: int = 0  # words of 32 bits that say which new tokens of its sequence a token sees; 0: all before it
     lse: bool = False  # whether the logarithm of each row's sum is asked for
     quantized: bool = False  # whether pages have scales
+    dealt: int = 0  # caches that pages are dealt out to, 0: all are here. Tiles then write nothing; see paged_attention_tpu.Dealt
     piece_keys: int = 0  # keys that a tile looks at in one go, at most; 0: PIECE_KEYS
 
     @property
     def decode(self) -> bool:
         return self.tile == 1
+
+    @property
+    def reads(self) -> bool:
+        """Whether new rows are in the cache already, and positions are not places."""
+        return self.dealt > 0 and not self.decode
 
     @property
     def block(self) -> int:

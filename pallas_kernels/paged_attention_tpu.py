@@ -17,6 +17,7 @@ Sources: Dao et al., FlashAttention-2 (arXiv 2307.08691), for the online softmax
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import kv_scales
+from pallas_kernels.dealt import held, of_rows, position_of
 from pallas_kernels.paged_attention_kernel import call_kernel
 from pallas_kernels.paged_attention_pages import Scalars
 from pallas_kernels.paged_attention_plan import Plan, check, make_plan, tuned_blocks, work_items
@@ -55,6 +57,8 @@ class _Rows(NamedTuple):
     kv_scale: Any
     ratio: Any
     interpret: Any
+    end: Any = None  # [R] of positions, where it is not kv_len
+    turn: Any = None  # [R], for tiles of a dealt plan
 
     def attend(self, plan: Plan, kv, length, splits: int, out, lse) -> tuple[Any, Any, Any]:
         """The sequences that bring length [R] rows: (out, kv, lse) with their rows in out [T, Hq, D] and lse [T, Hq]."""
@@ -75,7 +79,7 @@ class _Rows(NamedTuple):
         q_start, kv_len, table = self.where["q_start"], self.where["kv_len"], self.where["page_table"]
         factor = self.scale * LOG2E if plan.softcap is None else self.scale / plan.softcap
         tiles = lambda x: to_tiles(plan, (x.astype(jnp.float32) * factor).astype(plan.compute))
-        arrays = {"q": tiles(self.q), "new": new_to_tiles(plan, self.new)}
+        arrays = {"q": tiles(self.q)} | ({} if plan.reads else {"new": new_to_tiles(plan, self.new)})
         if plan.sinks:
             arrays["q_sinks"] = tiles(self.q_sinks)
         if plan.logits:
@@ -84,9 +88,11 @@ class _Rows(NamedTuple):
             arrays["tree"] = tree_to_tiles(plan, self.tree)
         if plan.quantized:
             low = jnp.where(self.window > 0, kv_len - length - self.window + 1, 0)
-            arrays |= scale_operands(plan, self.kv_scale[self.layer], self.ratio, table, low, kv_len)
+            seen = held(kv_len, plan.page, (plan.dealt, self.turn)) if plan.reads else kv_len
+            arrays |= scale_operands(plan, self.kv_scale[self.layer], self.ratio, table, low, seen)
         one, all_of = lambda x: jnp.asarray(x, jnp.int32).reshape(1), lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), kv_len.shape)
         grown = all_of(0) if self.ratio is None else (self.ratio < 1).any(1).astype(jnp.int32)
+        begin, end = self.turn if plan.reads else begin, self.end if end is None else end
         lists = (table.reshape(-1), q_start, length, kv_len, all_of(begin), kv_len if end is None else end, grown)
         items = work_items(plan, arrays["q"].shape[0], q_start, length)
         call = lambda kv, turn: call_kernel(
@@ -101,8 +107,9 @@ class _Rows(NamedTuple):
         a sequence of its own, merged by their sums."""
         kv_len, q_start, seqs = self.where["kv_len"], self.where["q_start"], length.shape[0]
         part, of = jnp.arange(seqs * splits, dtype=jnp.int32) % splits, jnp.arange(seqs * splits, dtype=jnp.int32) // splits
-        size = pl.cdiv(pl.cdiv(kv_len, splits), plan.block) * plan.block
-        begin, end = (part * size[of], jnp.minimum((part + 1) * size[of], kv_len[of]))
+        last = kv_len if self.end is None else self.end
+        size = pl.cdiv(pl.cdiv(last, splits), plan.block) * plan.block
+        begin, end = (part * size[of], jnp.minimum((part + 1) * size[of], last[of]))
         low = jnp.where(self.window > 0, jnp.maximum(kv_len - self.window, 0), 0)[of]
         mine = jnp.where((jnp.maximum(begin, low) < end), length[of], 0)
         row = jnp.clip(q_start[of], 0, self.q.shape[0] - 1)
@@ -118,6 +125,40 @@ class _Rows(NamedTuple):
         out = jnp.where(mine[:, None, None] > 0, out, 0).reshape(seqs, splits, *out.shape[1:])
         out, lse = merge_parts(out, lse, axis=1)
         return out, kv, lse
+
+
+def _held(new, rows: dict[str, Any], page: int, dealt) -> tuple[Any, dict[str, Any]]:
+    """What is held of new rows [T, ...] of sequences whose pages are dealt out, as if these were all: (the rows, those of each sequence
+    together at its q_start; q_len and kv_len by places, see dealt.py)."""
+    context, start = rows["kv_len"] - rows["q_len"], rows["q_start"]
+    before, end = (held(n, page, dealt) for n in (context, rows["kv_len"]))
+    places = rows | dict(q_len=end - before, kv_len=end)
+    row = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
+    owner = jnp.argmax((row >= start) & (row < start + places["q_len"]), axis=1)
+    place = before[owner] + jnp.maximum(row[:, 0] - start[owner], 0)
+    source = start[owner] + position_of(place, page, of_rows(dealt, owner)) - context[owner]
+    return new[jnp.clip(source, 0, new.shape[0] - 1)], places
+
+
+def _attend_held(given: _Rows, places: dict[str, Any], dealt, plan: Plan, kv, length, splits: int, out, lse) -> tuple[Any, Any, Any]:
+    """As _Rows.attend, where pages are dealt out. What is held is a context of its own. A single row looks at it as the last of it, and
+    is written if it is; chunks are written first, by a call in which each row sees itself alone, and then look at places by position."""
+    held_len, kept, page = places["kv_len"], places["q_len"], plan.page
+    plan = dataclasses.replace(plan, lse=True)
+    if plan.decode:
+        where = places | dict(q_len=given.where["q_len"], kv_len=held_len + 1 - kept)
+        mine = given._replace(where=where, end=held_len)
+        return mine.attend(dataclasses.replace(plan, dealt=dealt[0]), kv, jnp.where(held_len > 0, length, 0), splits, out, lse)
+    write = given._replace(q=jnp.zeros_like(given.q), where=places, window=jnp.int32(1))
+    _, kv, _ = write.run(dataclasses.replace(plan, lse=False), kv, jnp.where(length > 0, kept, 0))
+    ratio = None if given.ratio is None else jnp.ones_like(given.ratio)  # what was to be rounded again is
+    read = given._replace(turn=dealt[1], ratio=ratio)
+    out, kv, lse = read.attend(dataclasses.replace(plan, dealt=dealt[0]), kv, length, splits, out, lse)
+    row = jnp.arange(out.shape[0], dtype=jnp.int32)[:, None]
+    start, first = given.where["q_start"], given.where["kv_len"] - given.where["q_len"]
+    mine = (row >= start) & (row < start + length)
+    blind = jnp.any(mine & (held(jnp.maximum(first + row - start + 1, 0), page, dealt) == 0), axis=1)[:, None]
+    return jnp.where(blind[..., None], 0, out), kv, jnp.where(blind, -jnp.inf, lse)
 
 
 def merge_parts(out, lse, axis: int):
@@ -164,6 +205,7 @@ def paged_attention_tpu(
     with_lse: bool = False,
     chip: str | None = None,
     blocks: dict[str, int] | None = None,
+    dealt: tuple[int, Any] | None = None,
     interpret=False,
 ):
     """Writes new keys and values into a paged cache and attends to it. Arguments as pallas_kernels.paged_attention has them.
@@ -177,11 +219,13 @@ def paged_attention_tpu(
     check(q, k, v, kv, page_table, q_max)
     rows = dict(page_table=page_table, q_start=q_start, q_len=q_len, kv_len=kv_len)
     rows = {name: x.astype(jnp.int32) for name, x in rows.items()}
-    ratio = None
+    ratio, places, new = None, rows, jnp.concatenate([k, v], axis=-1)
+    if dealt is not None:
+        new, places = _held(new, rows, kv.shape[3], dealt)
     if kv_scale is None:
-        new = jnp.concatenate([k, v], axis=-1).astype(kv.dtype)
+        new = new.astype(kv.dtype)
     else:
-        kv_scale, new, ratio = kv_scales.grow(k, v, kv_scale, kv.dtype, kv.shape[3], layer=layer, **rows)
+        kv_scale, new, ratio = kv_scales.grow(*jnp.split(new, 2, axis=-1), kv_scale, kv.dtype, kv.shape[3], layer=layer, **places)
     window = jnp.asarray(window, jnp.int32)
     given = _Rows(q, new, rows, layer, window, scale, q_sinks, sink_logits, tree, kv_scale, ratio, interpret)
     out: Any = jnp.zeros_like(q)
@@ -193,5 +237,6 @@ def paged_attention_tpu(
         plan = make_plan(q, kv, page_table.shape[1], most, softcap, sinks, sizes)
         plan = dataclasses.replace(plan, tree_words=words, logits=sink_logits is not None, lse=with_lse or (decode and splits > 1))
         length = jnp.where((rows["q_len"] == 1) == decode, rows["q_len"], 0)
-        out, kv, lse = given.attend(plan, kv, length, splits, out, lse)
+        attend = given.attend if dealt is None else functools.partial(_attend_held, given, places, dealt)
+        out, kv, lse = attend(plan, kv, length, splits, out, lse)
     return out, kv, kv_scale, lse if with_lse else None

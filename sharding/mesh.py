@@ -13,6 +13,7 @@ AXES = {
     "dp": "requests: each replica has devices, weights and a cache of its own",
     "pp": "layers: each stage has whole patterns of them, and their cache; and the vocabulary, where it divides that",
     "ep": "experts; and whatever else is split over tp, where it divides that too",
+    "sp": "tokens of each context: the pages of a cache; and experts, mlps and the vocabulary, where it divides them too",
     "tp": "heads, columns of mlps and of each expert, the vocabulary",
 }
 REPLICAS = "dp"  # the axis that is no part of a program's mesh

@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from sharding.mesh import AXES
 
 Axes = tuple[str | None, ...]
+# The logical axes that the mesh axes `spread` and `share` of Rules may split too.
+SPREAD = {"spread": ("kv_heads", "heads", "mlp", "vocab"), "share": ("mlp", "vocab", "experts")}
 LARGEST = 512  # of a mesh axis, in lists of what is legal
 
 
@@ -22,9 +24,9 @@ class Rules:
     logical axis that is not named here is replicated.
 
     kv_heads: attention's heads, by key-value head; heads: one by one; mlp: columns of dense layers; vocab: rows of the embedding and of
-    the head; experts: whole experts; expert_mlp: columns of each; layers: those that are stacked, and their cache, in stages. spread:
-    mesh axes over which the first four are split too, where they divide them, and the vocabulary over those of layers: see `fitted`.
-    Raises ValueError for a mesh axis that there is not."""
+    the head; experts: whole experts; expert_mlp: columns of each; layers: those that are stacked, and their cache, in stages; pages: of a
+    cache, by what they hold of a context. spread: mesh axes over which the first four are split too, where they divide them, and share:
+    mlp, vocab and experts; the vocabulary also over those of layers: see `fitted`. Raises ValueError for a mesh axis that there is not."""
 
     kv_heads: tuple[str, ...] = ("tp",)
     heads: tuple[str, ...] = ("tp",)
@@ -33,7 +35,9 @@ class Rules:
     experts: tuple[str, ...] = ("ep",)
     expert_mlp: tuple[str, ...] = ("tp",)
     layers: tuple[str, ...] = ("pp",)
+    pages: tuple[str, ...] = ("sp",)
     spread: tuple[str, ...] = ("ep",)
+    share: tuple[str, ...] = ("sp",)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -67,8 +71,8 @@ class Rules:
         return SingleDeviceSharding(device) if mesh is None else NamedSharding(mesh, self.partition(mesh, axes))
 
     def fitted(self, mesh: Mesh | None, sizes: Mapping[str, Mapping[str, int]]) -> Rules:
-        """The rules for a model on a mesh: kv_heads, heads, mlp and vocab are split over `spread` too where all their sizes are divided,
-        and vocab over what splits the layers, for the devices of all stages work on it together.
+        """The rules for a model on a mesh: what SPREAD names is split over `spread` and `share` too, where all its sizes are divided, and
+        vocab over what splits the layers, for the devices of all stages work on it together.
 
         sizes: of each logical axis that the model has, by the names of what is to be divided. Raises ValueError naming the mesh axis that
         does not divide, and what would."""
@@ -79,18 +83,18 @@ class Rules:
                 if size % self.ways(mesh, axis):
                     raise ValueError(self._refusal(mesh, axis, name, size, sizes))
         changed = {}
-        for axis in ("kv_heads", "heads", "mlp", "vocab"):
+        for axis, wanted in sizes.items():
+            more, ways = [], self.ways(mesh, axis)
             stages = self.layers if axis == "vocab" else ()
-            for wanted in ((*stages, *self.spread), self.spread, stages):
-                more = tuple(name for name in wanted if name in mesh.axis_names and name not in getattr(self, axis))
-                ways = math.prod(mesh.shape[name] for name in (*more, *self.over(mesh, axis)))
-                if axis in sizes and all(size % ways == 0 for size in sizes[axis].values()):
-                    changed[axis] = (*more, *getattr(self, axis))
-                    break
-        return dataclasses.replace(self, **changed, spread=())
+            for name in (*(name for field, axes in SPREAD.items() if axis in axes for name in getattr(self, field)), *stages):
+                new = name in mesh.axis_names and name not in getattr(self, axis)
+                if new and all(size % (ways * mesh.shape[name]) == 0 for size in wanted.values()):
+                    more, ways = [name, *more] if name in stages else [*more, name], ways * mesh.shape[name]
+            changed[axis] = (*getattr(self, axis), *more) if axis == "experts" else (*more, *getattr(self, axis))
+        return dataclasses.replace(self, **changed, spread=(), share=())
 
     def _table(self) -> dict[str, tuple[str, ...]]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "spread"}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in SPREAD}
 
     def _refusal(self, mesh: Mesh, axis: str, name: str, size: int, sizes: Mapping[str, Mapping[str, int]]) -> str:
         """Of the last mesh axis that cuts a logical one in more parts than it has."""

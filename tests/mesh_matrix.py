@@ -1,6 +1,7 @@
 """Runs the tiny models on every mesh of powers of two up to 8 devices, and compares with one device: logits and tokens.
 
-    python tests/mesh_matrix.py [--models tiny tiny_window tiny_moe] [--axes dp ep tp pp sp] [--devices 8] [--logits-only] [--fast]
+    python tests/mesh_matrix.py [--models tiny tiny_window tiny_moe] [--axes dp ep tp pp sp] [--with-axes sp]
+        [--devices 8] [--logits-only] [--fast]
 
 A line a mesh: the largest difference of logits by their range (1e-5 is asked for), and of how many prompts tokens differ (0 is asked for);
 prompts come in chunks, find prefixes, and are preempted where one engine has all of them; tokens come from decode loops. What an engine
@@ -71,6 +72,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", default=["tiny", "tiny_window", "tiny_moe", "tiny_stages"])
     parser.add_argument("--axes", nargs="*", default=["dp", "ep", "tp", "pp", "sp"])
     parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--with-axes", nargs="*", default=[], help="only meshes that have these")
     parser.add_argument("--logits-only", action="store_true")
     parser.add_argument("--fast", action="store_true", help="programs that are not optimized compile sooner")
     asked = parser.parse_args()
@@ -82,7 +84,8 @@ def main() -> int:
     counts = dict.fromkeys(("good", "bad", "refused"), 0)
     for model in asked.models:
         alone = run(model, "", {"layout": "stacked"}, asked.logits_only)
-        for number, sizes in enumerate(meshes(asked.axes, asked.devices)):
+        wanted = lambda sizes: all(sizes.get(axis, 1) > 1 for axis in asked.with_axes)
+        for number, sizes in enumerate(filter(wanted, meshes(asked.axes, asked.devices))):
             layout = "auto" if sizes.get("pp", 1) > 1 else ("listed", "stacked")[number % 2]
             kind, line = row(model, sizes, layout, asked.logits_only, alone)
             counts[kind] += 1

@@ -76,7 +76,7 @@ def test_decoding_agrees_with_the_prompt_s_logits(tmp_path: Path) -> None:
     save_file(tensors | draft, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert open_model(str(tmp_path)).config.row_dim == config["kv_lora_rank"] + config["qk_rope_head_dim"]
-    settings: Any = dict(layout="stacked", mesh="tp=2" if len(jax.devices()) > 1 else "")
+    settings: Any = dict(layout="stacked", mesh="sp=2,tp=2" if len(jax.devices()) > 3 else "")
     settings |= dict(dtype="float32", slots=1, context=32, page_size=8, chunk=16, decode_steps=4)
     llm = LLM(str(tmp_path), **settings)
     prompt = ids[:21].tolist()

@@ -20,6 +20,7 @@ from llminfer import LLM, SamplingParams, placement
 from llminfer.arrange import arrangement, on_mesh
 from llminfer.config import EngineConfig, ModelConfig, from_toml
 from llminfer.engine import Engine
+from llminfer.errors import UserError
 from llminfer.params import param_specs
 from llminfer.replicas import Replicas
 from llminfer.target import Target
@@ -49,6 +50,7 @@ MESHES = [
     ("moe", "ep=8", {}),
     ("moe", "ep=4,tp=2", {}),
     ("moe", "ep=2,tp=4", {"layout": "stacked"}),
+    ("moe", "ep=2,sp=2,tp=2", {"layout": "stacked"}),
     ("moe", "dp=2,ep=4", {}),
     ("moe", "dp=4,ep=2", {"layout": "stacked"}),
 ]
@@ -118,6 +120,41 @@ def test_tokens_do_not_depend_on_the_mesh() -> None:
                 np.testing.assert_allclose(list(one.values()), [other[token] for token in one], atol=1e-4)
     compare(llm, scores(alone("moe")))
     llm.close()
+
+
+def test_tokens_do_not_depend_on_where_a_context_lies() -> None:
+    """Its pages dealt out to two devices; sequences are preempted meanwhile."""
+    llm = model_of(SMALL["window"], "sp=2", layout="stacked")
+    first, *others = [*served(alone("window")), *served(llm)]
+    assert llm.stats()["preemptions"] > 0
+    for run in others:
+        assert [tokens for tokens, _ in run] == [tokens for tokens, _ in first]
+    llm.close()
+
+
+def test_a_context_is_dealt_out() -> None:
+    """What a device has of the pages of layers that see all positions is its share; and a sequence needs more pages than one has. The
+    logits are those of one device."""
+    llm = model_of(SMALL["window"], "sp=4,tp=2", prefix_cache=False)
+    compare(llm, scores(alone("window")))
+    engine = llm.engine
+    c, at = engine.c, engine.c.groups.index(0)
+    full, sliding, pool = engine._cache.groups[at][0], engine._cache.groups[1 - at][0], engine.pages.groups[at]
+    assert pool.total == 12  # 11 were asked for
+    shapes = lambda x: {shard.data.shape for shard in x.addressable_shards}
+    assert shapes(full) == {(1, 3, 1, 8, c.row_dim)} and shapes(sliding) == {(1, sliding.shape[1], 1, 8, c.row_dim)}
+    (seq,) = engine.add(list(range(1, 60)), SamplingParams(max_tokens=1))
+    engine.scheduler.schedule()
+    where = [page // 3 for page in seq.pages[at]]
+    assert where == [(where[0] + i) % 4 for i in range(8)] and len(pool.free) == 4
+    llm.close()
+
+
+def test_a_model_of_windows_has_nothing_to_deal_out() -> None:
+    c = dataclasses.replace(from_toml("tiny_window"), windows=(24,))
+    ((there, _),) = make_meshes({"sp": 2}, jax.devices())
+    with pytest.raises(UserError, match=r"^mesh: sp=2: tiny_window has no layers that see all positions, .*; legal: 1$"):
+        Engine(c, EngineConfig(), Target.of("cpu", mesh=there))
 
 
 def test_collectives_are_found_in_xlas_text() -> None:

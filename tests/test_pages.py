@@ -24,6 +24,8 @@ def check(pages: Pages, sequences: list[Sequence]) -> None:
             for page in seq.pages[index] if seq.pages else []:
                 if page >= 0:
                     owned[page] += 1
+            for i, page in enumerate(seq.pages[index] if seq.pages and group.holders > 1 else []):
+                assert (page // group.part - seq.first_on - i) % group.holders == 0
         assert owned == group.count
         assert set(group.free) == {page for page, count in enumerate(group.count) if count == 0}
         assert {digest: page for page, digest in group.hash_of.items()} == group.page_of

@@ -20,12 +20,15 @@ GROUPS = {"full": ((0,), (0,)), "sliding": ((16,), (0,)), "both": ((0, 16), (0, 
 class Books(RuleBasedStateMachine):
     """One scheduler; a plan may be sent before the last is read, as the engine does."""
 
-    @initialize(kind=st.sampled_from(sorted(GROUPS)), prefix_cache=st.booleans(), total=st.integers(20, 24))
-    def begin(self, kind: str, prefix_cache: bool, total: int) -> None:
+    @initialize(
+        kind=st.sampled_from(sorted(GROUPS)), prefix_cache=st.booleans(), total=st.integers(20, 24), holders=st.sampled_from([1, 1, 2, 3])
+    )
+    def begin(self, kind: str, prefix_cache: bool, total: int, holders: int) -> None:
+        total += -total % holders
         windows, sinks = GROUPS[kind]
         need = [Pages.sliding_need(w, 2 * LOOP, PAGE, s) for w, s in zip(windows, sinks, strict=True)]
         totals = tuple(SLOTS * n + 2 * CHUNK // PAGE if w else total for w, n in zip(windows, need, strict=True))
-        self.pages = Pages(windows, totals, PAGE, prefix_cache=prefix_cache, sinks=sinks)
+        self.pages = Pages(windows, totals, PAGE, prefix_cache=prefix_cache, sinks=sinks, holders=holders)
         self.scheduler = Scheduler(self.pages, slots=SLOTS, chunk=CHUNK, decode_steps=LOOP)
         self.alive: list[Sequence] = []
         self.sent: list[Plan] = []

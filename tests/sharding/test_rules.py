@@ -20,7 +20,7 @@ def mesh(text: str) -> Mesh | None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("xx=2", "axis 'xx' is not supported in this version; legal: dp, pp, ep, tp"),
+        ("xx=2", "axis 'xx' is not supported in this version; legal: dp, pp, ep, sp, tp"),
         ("tp=2,tp=2", "axis 'tp' is there twice"),
         ("tp=0", "tp must be an integer >= 1"),
         ("tp=" + "9" * 5000, "tp must be an integer >= 1"),
@@ -53,6 +53,10 @@ def test_what_is_no_expert_is_spread_over_the_devices_of_experts_where_it_divide
     many = mesh("ep=4,tp=8")
     rules = Rules().fitted(many, SIZES)
     assert [rules.over(many, axis) for axis in ("kv_heads", "mlp", "vocab", "embed")] == [("tp",), ("tp",), ("ep", "tp"), ()]
+    spread = mesh("ep=2,sp=4")
+    rules = Rules().fitted(spread, SIZES)
+    assert rules.over(spread, "pages") == ("sp",) and rules.over(spread, "kv_heads") == ("ep",)
+    assert [rules.over(spread, axis) for axis in ("mlp", "vocab", "experts")] == [("ep", "sp"), ("ep", "sp"), ("ep", "sp")]
     assert rules.partition(mesh("tp=8"), ("experts", "vocab")) == PartitionSpec(None, "tp")  # by the axes that there are
 
 
@@ -69,9 +73,9 @@ def test_layers_are_in_stages_and_the_vocabulary_on_all_of_them_where_that_divid
 
 def test_one_mesh_axis_cannot_split_an_array_twice() -> None:
     rules = Rules(experts=("tp",))
-    with pytest.raises(ValueError, match="experts and expert_mlp of one array are both split over tp; free: dp, pp, ep"):
+    with pytest.raises(ValueError, match="experts and expert_mlp of one array are both split over tp; free: dp, pp, ep, sp"):
         rules.partition(mesh("tp=2"), ("experts", "embed", "expert_mlp"))
-    with pytest.raises(ValueError, match="rules: mlp names the mesh axis 'model'; legal: dp, pp, ep, tp"):
+    with pytest.raises(ValueError, match="rules: mlp names the mesh axis 'model'; legal: dp, pp, ep, sp, tp"):
         Rules(mlp=("model",))
 
 
