@@ -40,8 +40,6 @@ def fitted(c: ModelConfig, settings: EngineConfig, target: Target) -> Target:
     if target.ways("pages") > 1 and all(c.groups):
         reason = f"{c.name} has no layers that see all positions, whose pages could lie on several devices; legal: 1"
         raise refuse("mesh: sp", target.ways("pages"), reason)
-    if target.ways("pages") > 1 and target.stages > 1:
-        raise refuse("mesh: sp", target.ways("pages"), f"pages lie whole on the devices of a stage (pp={target.stages}); legal: 1")
     heads = dict(num_heads=c.num_heads)
     sizes = dict(heads=heads, mlp={name: size for name, size in mlp.items() if size}, vocab=dict(vocab_size=c.vocab_size))
     if target.stages > 1 and not target.stacked:
@@ -127,9 +125,10 @@ def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, total
         where = lambda s: target.place((layers, pages, heads, None, None)[: s.ndim])
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where(s)), shapes)
 
-    layers, pages = "layers" if target.stages > 1 else None, [None if window else "pages" for window in c.groups]
-    groups = tuple(placed(group, layers, own) for group, own in zip(shapes.groups, pages, strict=True))
-    return cache.KVCache(groups, placed(shapes.around, None))
+    layers, pages = "layers" if target.stages > 1 else None, lambda window: None if window else "pages"
+    groups = tuple(placed(group, layers, pages(window)) for group, window in zip(shapes.groups, c.groups, strict=True))
+    alone = [number for number in range(c.num_layers) if number not in c.scanned] if shapes.around else []
+    return cache.KVCache(groups, tuple(placed(x, None, pages(c.window(n))) for x, n in zip(shapes.around, alone, strict=True)))
 
 
 def abstract_routing(c: ModelConfig, target: Target) -> balance.Routing | None:

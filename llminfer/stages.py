@@ -21,6 +21,7 @@ from llminfer.cache import KVCache
 from llminfer.config import ModelConfig
 from llminfer.params import Params
 from llminfer.scheduler import Plan
+from llminfer.spread import deal as deal_pages
 from llminfer.target import Target
 from sharding import pipeline
 from sharding.pipeline import Schedule
@@ -106,6 +107,7 @@ def stage(weights: Any, state: Any, x: jax.Array, batch: Batch, c: ModelConfig, 
     (stacked, told), (groups, counts) = weights, state
     routing = None if told is None else Routing(told[1][None], told[0])
     inside = replace(target, in_stage=True)
+    batch = replace(batch, tables=deal_pages(batch, KVCache(groups), c, inside))
     how: dict[str, Any] = dict(batch=batch, ropes=model.ropes_of(batch, c), c=c, target=inside, q_max=q_max)
     layer = functools.partial(model.run_layer, **how)
     x, groups, used = model.run_stacked(stacked, x, list(groups), layer, c, routing, [], alone=True)
@@ -118,7 +120,7 @@ def listed(params: Params, x, cache: KVCache, used: list[Any], batch: Batch, c: 
     first, last = (0, params.leading) if leading else (params.leading, len(params.listed))
     if first == last:
         return x, cache, used
-    around = cache.around
+    around, batch = cache.around, replace(batch, tables=deal_pages(batch, cache, c, target))
     caches, numbers = list(around), [number for number in range(c.num_layers) if number not in c.scanned]
     how: dict[str, Any] = dict(batch=batch, ropes=model.ropes_of(batch, c), c=c, target=target, q_max=q_max)
     for at in range(first, last):

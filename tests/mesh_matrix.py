@@ -1,7 +1,7 @@
 """Runs the tiny models on every mesh of powers of two up to 8 devices, and compares with one device: logits and tokens.
 
     python tests/mesh_matrix.py [--models tiny tiny_window tiny_moe] [--axes dp ep tp pp sp] [--with-axes sp]
-        [--devices 8] [--logits-only] [--fast]
+        [--devices 8] [--logits-only] [--fast] [--part 1/4]
 
 A line a mesh: the largest difference of logits by their range (1e-5 is asked for), and of how many prompts tokens differ (0 is asked for);
 prompts come in chunks, find prefixes, and are preempted where one engine has all of them; tokens come from decode loops. What an engine
@@ -75,7 +75,9 @@ def main() -> int:
     parser.add_argument("--with-axes", nargs="*", default=[], help="only meshes that have these")
     parser.add_argument("--logits-only", action="store_true")
     parser.add_argument("--fast", action="store_true", help="programs that are not optimized compile sooner")
+    parser.add_argument("--part", default="1/1", help="2/4: the second of four runs that share the meshes")
     asked = parser.parse_args()
+    part, parts = map(int, asked.part.split("/"))
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={asked.devices}".strip()
     import jax
 
@@ -86,7 +88,9 @@ def main() -> int:
         alone = run(model, "", {"layout": "stacked"}, asked.logits_only)
         wanted = lambda sizes: all(sizes.get(axis, 1) > 1 for axis in asked.with_axes)
         for number, sizes in enumerate(filter(wanted, meshes(asked.axes, asked.devices))):
-            layout = "auto" if sizes.get("pp", 1) > 1 else ("listed", "stacked")[number % 2]
+            if number % parts != part - 1:
+                continue
+            layout = "auto" if sizes.get("pp", 1) > 1 else ("listed", "stacked")[number // parts % 2]
             kind, line = row(model, sizes, layout, asked.logits_only, alone)
             counts[kind] += 1
             print(line, flush=True)

@@ -51,6 +51,7 @@ MESHES = [
     ("moe", "ep=4,tp=2", {}),
     ("moe", "ep=2,tp=4", {"layout": "stacked"}),
     ("moe", "ep=2,sp=2,tp=2", {"layout": "stacked"}),
+    ("moe", "pp=2,sp=2,tp=2", {}),
     ("moe", "dp=2,ep=4", {}),
     ("moe", "dp=4,ep=2", {"layout": "stacked"}),
 ]
