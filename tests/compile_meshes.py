@@ -58,7 +58,7 @@ def lowered(model: str, kind: str, pages: int) -> tuple[Any, Any, Any, int]:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     ((there, first),) = make_meshes(parse_mesh(mesh), devices)
     c, settings = from_toml(model.partition("/")[0]), EngineConfig(slots=SLOTS, page_size=PAGE, chunk=CHUNK)
-    target = placement.fitted(c, Target.of("tpu", chip=chip_of(first), mesh=there))
+    target = placement.fitted(c, settings, Target.of("tpu", chip=chip_of(first), mesh=there))
     cache = placement.abstract_cache(c, settings, target, (pages,) * len(c.groups))
     shapes = (placement.abstract_params(c, settings, target), cache, placement.abstract_history(settings, target, CONTEXT))
     programs = Programs(on_mesh(c, target), target, shapes, most=32, routing=placement.abstract_routing(c, target))
