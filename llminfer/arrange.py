@@ -32,6 +32,10 @@ class Halves:
     def inverse(self, w: Any) -> Any:
         return self._turned(w, self.parts, 2)
 
+    def order_of(self, shape: tuple[int, ...]) -> tuple[Any, np.ndarray]:
+        """Which rows and columns of an array of this shape the result has, in order; None: all rows."""
+        return None, self(np.arange(shape[-1]))
+
     @staticmethod
     def _turned(w: Any, outer: int, inner: int) -> Any:
         return w.reshape(*w.shape[:-1], outer, inner, -1).swapaxes(-2, -3).reshape(w.shape)
@@ -61,6 +65,10 @@ class Heads:
         own = blocks[..., :each, :].reshape(*w.shape[:-1], self.kv_heads, self.group, blocks.shape[-1])
         return at([own, blocks[..., :: self.copies, each:, :]], -2).reshape(*w.shape[:-1], -1)
 
+    def order_of(self, shape: tuple[int, ...]) -> tuple[Any, np.ndarray]:
+        """As Halves.order_of."""
+        return None, self(np.arange(shape[-1]))
+
 
 @dataclass(frozen=True)
 class Copies:
@@ -76,6 +84,11 @@ class Copies:
     def inverse(self, w: Any) -> Any:
         w = w[np.unique(self.order, return_index=True)[1]]
         return w if self.inner is None else self.inner.inverse(w)
+
+    def order_of(self, shape: tuple[int, ...]) -> tuple[Any, np.ndarray]:
+        """As Halves.order_of."""
+        columns = np.arange(shape[-1])
+        return np.array(self.order), columns if self.inner is None else self.inner(columns)
 
 
 def on_mesh(c: ModelConfig, target: Target) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -221,13 +222,31 @@ def _sent(found: Iterable[tuple[str, Any]], spec_of: dict[str, Any], c: ModelCon
             array = dequantize(array)
         if array.dtype.itemsize > dtype.itemsize:  # made narrower before, and wider after it travels
             array = array.astype(dtype)
-        if (arrange := arrangement(name, spec_of[name], c, target)) is not None:
-            array = arrange(array)
-        # On a CPU an array that is ours alone becomes the weight; a mapped file is copied, once and for all.
-        x = jax.device_put(array, target.place(spec_of[name].axes), may_alias=array.flags.writeable)
+        arrange, where = arrangement(name, spec_of[name], c, target), target.place(spec_of[name].axes)
+        if target.mesh is None:
+            # On a CPU an array that is ours alone becomes the weight; a mapped file is copied, once and for all.
+            x = jax.device_put(array, where, may_alias=array.flags.writeable)
+        else:
+            x = _by_parts(array, arrange, where)
         del array
         yield name, x if x.dtype == dtype else widen(x)
         del x
+
+
+def _by_parts(array: np.ndarray, arrange: Any, where: Any) -> jax.Array:
+    """A host array on its devices, arranged; of what is arranged the host holds one device's part at a time."""
+    if arrange is None:
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+    rows, columns = (None if order is None else np.asarray(order) for order in arrange.order_of(array.shape))
+    shape = (array.shape[0] if rows is None else len(rows), *array.shape[1:-1], len(columns)) if array.ndim > 1 else columns.shape
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        own = columns[index[-1]]
+        x = array if array.ndim == 1 else array[(index[0] if rows is None else rows[index[0]], *index[1:-1])]
+        cuts = [0, *(np.flatnonzero(np.diff(own) != 1) + 1), len(own)]  # runs of neighbours: copied far faster than one by one
+        return np.concatenate([x[..., own[a] : own[b - 1] + 1] for a, b in itertools.pairwise(cuts)], axis=-1)
+
+    return jax.make_array_from_callback(shape, where, part)
 
 
 @functools.lru_cache(maxsize=64)

@@ -169,8 +169,8 @@ def test_collectives_are_found_in_xlas_text() -> None:
     assert collectives(text, "mlp") == found[1:] and collectives(text, "attn") == []
 
 
-def test_a_host_holds_a_few_tensors_while_it_loads_a_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read, what is put in order, and its parts: three of the ten that there are. What lies on devices is not counted."""
+def test_a_host_holds_one_tensor_and_a_part_while_it_loads_a_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read, and a device's part of it. What lies on devices is not counted."""
     monkeypatch.setattr(assemble, "AHEAD_BYTES", 0)
     checkpoint = open_model(str(write_model(tmp_path / "tiny", tokenizer=False)))
     ((mesh, _),) = make_meshes({"ep": 2, "tp": 4}, jax.devices())
@@ -180,7 +180,7 @@ def test_a_host_holds_a_few_tensors_while_it_loads_a_mesh(tmp_path: Path, monkey
     after, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    assert placement.tree_bytes(weights) > 10 * largest and peak - after < 3.5 * largest
+    assert placement.tree_bytes(weights) > 10 * largest and peak - after < 2 * largest
     parts = dict.fromkeys(mesh.devices.flat, 0)
     for shard in (shard for leaf in jax.tree.leaves(weights) for shard in leaf.addressable_shards):
         parts[shard.device] += shard.data.nbytes
