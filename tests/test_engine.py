@@ -246,7 +246,7 @@ def test_bad_requests_are_refused_in_one_line_and_the_next_works(prompt, params:
         ({"context": 50_000}, "at most 40960"),
         ({"page_size": 24}, "power of two"),
         ({"pages": 10**9}, "GiB"),
-        ({"mesh": "xx=2"}, "legal: dp, ep, tp"),
+        ({"mesh": "xx=2"}, "legal: dp, pp, ep, sp, tp"),
         pytest.param({"mesh": "tp=3"}, "tp=3 does not divide num_heads=8; legal: 1, 2, 4, 8", marks=EIGHT),
         ({"mesh": "tp=1024"}, "mesh of 1024 devices: there are"),
         ({"dtype": "float16"}, "legal: auto, float32, bfloat16"),
