@@ -236,11 +236,12 @@ def _sent(found: Iterable[tuple[str, Any]], spec_of: dict[str, Any], c: ModelCon
 def _by_parts(array: np.ndarray, arrange: Any, where: Any) -> jax.Array:
     """A host array on its devices, arranged; of what is arranged the host holds one device's part at a time."""
     if arrange is None:
-        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
-    rows, columns = (None if order is None else np.asarray(order) for order in arrange.order_of(array.shape))
-    shape = (array.shape[0] if rows is None else len(rows), *array.shape[1:-1], len(columns)) if array.ndim > 1 else columns.shape
+        whole: Any = array.__getitem__
+        return jax.make_array_from_callback(array.shape, where, whole)
+    rows, columns = arrange.order_of(array.shape)
+    shape = (len(columns),) if array.ndim == 1 else (array.shape[0] if rows is None else len(rows), *array.shape[1:-1], len(columns))
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         own = columns[index[-1]]
         x = array if array.ndim == 1 else array[(index[0] if rows is None else rows[index[0]], *index[1:-1])]
         cuts = [0, *(np.flatnonzero(np.diff(own) != 1) + 1), len(own)]  # runs of neighbours: copied far faster than one by one
