@@ -92,8 +92,8 @@ class Copies:
 
 
 def on_mesh(c: ModelConfig, target: Target) -> ModelConfig:
-    """The model with as many key-value heads as its mesh can split, and as many slots for experts."""
-    c = replace(c, expert_copies=target.expert_copies)
+    """The model with as many key-value heads as its mesh can split, as many slots for experts, and its layers in stages."""
+    c = replace(c, expert_copies=target.expert_copies, stages=target.stages)
     if c.kv_rank:  # one latent for all heads, on every device
         return c
     return replace(c, num_kv_heads=math.lcm(c.num_kv_heads, target.ways("kv_heads")))

@@ -110,7 +110,8 @@ class ModelConfig:
     shared_intermediate_size (0: none): width of an mlp that sees every token beside them; shared_gate: what it gives is multiplied by
     the sigmoid of a product of the token.
     sink_tokens, sink_window: set by EngineConfig.kv_policy alone: layers of the window sink_window also see the first sink_tokens.
-    expert_copies: set by the engine's field of that name alone: slots that a layer has for experts beyond one each."""
+    expert_copies: set by the engine's field of that name alone: slots that a layer has for experts beyond one each. stages: set by the
+    mesh alone (pp): in how many equal parts the patterns of layers are cut."""
 
     name: str
     vocab_size: int
@@ -159,6 +160,7 @@ class ModelConfig:
     routed_scale: float = 1.0
     expert_bias: bool = False
     expert_copies: int = 0
+    stages: int = 1
     shared_intermediate_size: int = 0
     shared_gate: bool = False
     query_floor: int = 0
@@ -285,9 +287,11 @@ class ModelConfig:
 
     @property
     def scanned(self) -> range:
-        """The layers that run under a scan in the stacked layout: whole patterns, after the first dense_layers."""
+        """The layers that run under a scan in the stacked layout: whole patterns, after the first dense_layers; as many as all stages can
+        have equally many of."""
         first = self.dense_layers
-        return range(first, first + (self.num_layers - first) // self.period * self.period)
+        patterns = (self.num_layers - first) // self.period
+        return range(first, first + (patterns - patterns % self.stages) * self.period)
 
     @property
     def row_dim(self) -> int:

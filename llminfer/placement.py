@@ -45,7 +45,11 @@ def fitted(c: ModelConfig, settings: EngineConfig, target: Target) -> Target:
     sizes = dict(heads=heads, mlp={name: size for name, size in mlp.items() if size}, vocab=dict(vocab_size=c.vocab_size))
     if target.stages > 1 and not target.stacked:
         raise refuse("layout", "listed", "the stages of a pipeline (mesh pp) have their layers stacked; legal: auto, stacked")
-    sizes |= dict(layers=dict(layer_patterns=len(c.scanned) // c.period))
+    if target.stages > (patterns := len(c.scanned) // c.period):
+        legal = ", ".join(map(str, range(1, patterns + 1)))
+        raise refuse(
+            "mesh: pp", target.stages, f"a stage needs one whole pattern of layers at least, {c.name} has {patterns}; legal: {legal}"
+        )
     if not c.kv_rank:  # key-value heads are copied where they must; a latent is on every device
         sizes |= dict(kv_heads=heads)
     if c.num_experts:
@@ -117,10 +121,10 @@ def _maker(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> An
 
 def abstract_cache(c: ModelConfig, settings: EngineConfig, target: Target, totals: tuple[int, ...]) -> cache.KVCache:
     """ShapeDtypeStructs, with shardings, of a cache of totals[g] pages in each group."""
-    heads = None if c.kv_rank else "kv_heads"  # a latent is on every device
+    heads, c = None if c.kv_rank else "kv_heads", on_mesh(c, target)  # a latent is on every device
     dtype = jnp.dtype(settings.kv_dtype or target.dtype)
     how: dict[str, Any] = dict(stacked=target.stacked, stages=target.stages, platform=target.platform)
-    shapes = cache.abstract(on_mesh(c, target), totals, settings.page_size, dtype, **how)
+    shapes = cache.abstract(c, totals, settings.page_size, dtype, **how)
 
     def placed(shapes: Any, layers: str | None, pages: str | None = None) -> Any:
         where = lambda s: target.place((layers, pages, heads, None, None)[: s.ndim])
@@ -269,7 +273,7 @@ def _place_leaves(leaves: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig,
     wanted, spec_of = abstract_params(c, settings, target), dict(leaves_of(specs))
     make_head, makers = _head_maker(c, settings, target), _makers(settings, target)
     stacked = tuple({name: zeros(leaf) for name, leaf in vars(layer).items() if leaf is not None} for layer in wanted.stacked)
-    under_scan = c.scanned if wanted.stacked else range(0)
+    under_scan = on_mesh(c, target).scanned if wanted.stacked else range(0)
     listed: dict[str, Any] = {}
     for name, x in leaves:
         x = makers(spec_of[name])(x)

@@ -101,8 +101,8 @@ def test_layers_around_the_stages_are_on_the_devices_of_all() -> None:
 @pytest.mark.parametrize(
     ("model", "mesh", "message"),
     [
-        ("tiny", "pp=3", "mesh: pp=3 does not divide layer_patterns=4; legal: 1, 2, 4"),
-        ("tiny_window", "pp=2", "mesh: pp=2 does not divide layer_patterns=1; legal: 1"),
+        ("tiny", "pp=8", "mesh: pp=8: a stage needs one whole pattern of layers at least, tiny has 4; legal: 1, 2, 3, 4"),
+        ("tiny_window", "pp=2", "mesh: pp=2: a stage needs one whole pattern of layers at least, tiny_window has 1; legal: 1"),
         ("tiny_moe", "pp=2,ep=3", "ep=3 does not divide num_experts=8; legal: 1, 2, 4, 8"),
     ],
 )
