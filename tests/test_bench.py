@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import jax
 import pytest
 
 from llminfer import cli
@@ -79,12 +80,20 @@ def test_the_limit_of_a_case_by_hand() -> None:
 
     c = from_toml("llama3_8b")
     sizes = dict(weights_bytes=2 * c.num_params, embedding_bytes=2 * c.vocab_size * c.hidden_size, bytes_per_token=lambda group: 131072.0)
-    llm = SimpleNamespace(config=c, engine=SimpleNamespace(**sizes), settings=SimpleNamespace(quantize=None))
+    llm = SimpleNamespace(config=c, engine=SimpleNamespace(**sizes), settings=SimpleNamespace(quantize=None, mesh="", prefill_mesh=""))
     limits = {"read_bytes_per_s": 1e12, "matmul_flops_per_s": 1e15}
     least = lambda letter: cases._least_seconds(llm, cases.CASES[letter], limits, 1.0)
     assert least("a") == pytest.approx((15.01e9 + (128 + 128) * 131072) / 1e12, rel=1e-3)
     assert least("d") == pytest.approx((15.01e9 + 256 * (1024 + 64) * 131072) / 1e12, rel=1e-3)
     assert least("c") == pytest.approx((2 * 6.98e9 + 32 * 2048 * 4096 * 2) / 1e15, rel=1e-3) and least("e") is None
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+def test_cases_on_replicas_have_no_limit_of_one_device(capsys: pytest.CaptureFixture) -> None:
+    command = "latency --cases a --model config:tiny --scale 0.02 --runs 1 --mesh dp=2 --json"
+    assert cli.main(bench.main, command.split()) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
+    assert row["ms_per_token"] > 0 and "of_limit" not in row
 
 
 def test_a_profile_by_hand() -> None:

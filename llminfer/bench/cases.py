@@ -120,24 +120,23 @@ def _figures(case: Case, times: list[list[float]], scale: float) -> dict[str, fl
 
 def _least_seconds(llm: Any, case: Case, limits: dict[str, float], scale: float) -> float | None:
     """What a decode step takes where reading weights and cache is all, or a token of prefill where products of matrices are. None for
-    what is neither, for experts, of which a step reads those that it needs, and for prefill with tokens in 8 bits."""
-    c, engine = llm.config, llm.engine
-    eight_bits = case.figure == "prefill_tok_per_s" and (llm.settings.quantize or "").startswith("w8a8")
-    if not case.new or c.num_experts or eight_bits:
+    what is neither, for experts, of which a step reads those that it needs, for prefill with tokens in 8 bits, and on several devices:
+    the limits are those of one."""
+    c, engine, prefill = llm.config, llm.engine, case.figure == "prefill_tok_per_s"
+    eight_bits = prefill and (llm.settings.quantize or "").startswith("w8a8")
+    if not case.new or c.num_experts or eight_bits or llm.settings.mesh or llm.settings.prefill_mesh:
         return None
-    (prompt, last), most = _works(case, scale)[-1][0], len(case.new) > 1
-    table = c.vocab_size * c.hidden_size
-    if case.figure == "prefill_tok_per_s":
-        tables = (1 if c.tie_embeddings else 2) * table
-        attention = (
-            sum(min(prompt, c.window(i) or prompt) for i in range(c.num_layers)) * c.num_heads * (c.head_dim + (c.value_dim or c.head_dim))
-        )
+    works = _works(case, scale)
+    prompt, last = works[-1][0]
+    if prefill:
+        tables = (1 if c.tie_embeddings else 2) * c.vocab_size * c.hidden_size
+        seen = sum(min(prompt, c.window(i) or prompt) for i in range(c.num_layers))
+        attention = seen * c.num_heads * (c.head_dim + (c.value_dim or c.head_dim))
         return (2 * (c.num_params - tables) + attention) / limits["matmul_flops_per_s"]
-    first = _works(case, scale)[0][0][1] if most else 0
-    context = prompt + (first + last) / 2
+    context = prompt + ((works[0][0][1] if len(works) > 1 else 0) + last) / 2
     cache = sum(min(context, c.groups[i] or context) * engine.bytes_per_token(i) for i in range(len(c.groups)))
     weights = engine.weights_bytes - (0 if c.tie_embeddings else engine.embedding_bytes)
-    return (weights + len(_works(case, scale)[-1]) * cache) / limits["read_bytes_per_s"]
+    return (weights + len(works[-1]) * cache) / limits["read_bytes_per_s"]
 
 
 def read_peer(file: str) -> dict[str, float]:
