@@ -32,10 +32,6 @@ class Halves:
     def inverse(self, w: Any) -> Any:
         return self._turned(w, self.parts, 2)
 
-    def order_of(self, shape: tuple[int, ...]) -> tuple[Any, np.ndarray]:
-        """Which rows and columns of an array of this shape the result has, in order; None: all rows."""
-        return None, self(np.arange(shape[-1]))
-
     @staticmethod
     def _turned(w: Any, outer: int, inner: int) -> Any:
         return w.reshape(*w.shape[:-1], outer, inner, -1).swapaxes(-2, -3).reshape(w.shape)
@@ -65,10 +61,6 @@ class Heads:
         own = blocks[..., :each, :].reshape(*w.shape[:-1], self.kv_heads, self.group, blocks.shape[-1])
         return at([own, blocks[..., :: self.copies, each:, :]], -2).reshape(*w.shape[:-1], -1)
 
-    def order_of(self, shape: tuple[int, ...]) -> tuple[Any, np.ndarray]:
-        """As Halves.order_of."""
-        return None, self(np.arange(shape[-1]))
-
 
 @dataclass(frozen=True)
 class Copies:
@@ -85,10 +77,11 @@ class Copies:
         w = w[np.unique(self.order, return_index=True)[1]]
         return w if self.inner is None else self.inner.inverse(w)
 
-    def order_of(self, shape: tuple[int, ...]) -> tuple[Any, np.ndarray]:
-        """As Halves.order_of."""
-        columns = np.arange(shape[-1])
-        return np.array(self.order), columns if self.inner is None else self.inner(columns)
+
+def order_of(arrange: Any, columns: int) -> tuple[np.ndarray | None, np.ndarray]:
+    """Which rows and which of so many columns of an array what is arranged has, in order; None: all rows."""
+    rows, inner = (np.array(arrange.order), arrange.inner) if isinstance(arrange, Copies) else (None, arrange)
+    return rows, np.arange(columns) if inner is None else inner(np.arange(columns))
 
 
 def on_mesh(c: ModelConfig, target: Target) -> ModelConfig:

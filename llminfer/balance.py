@@ -19,7 +19,7 @@ from jax import lax
 
 from llminfer.config import ModelConfig
 from llminfer.params import Params
-from llminfer.target import Target
+from llminfer.target import Target, place_of
 
 
 @flax.struct.dataclass
@@ -224,5 +224,4 @@ def mover(shapes: Params, c: ModelConfig, target: Target) -> Any:
     specs = jax.tree.map(lambda s: s.sharding.spec, leaves)
     split = jax.shard_map(shard, mesh=target.mesh, in_specs=(specs, target.partition(())), out_specs=specs, check_vma=False)
     wanted = jax.ShapeDtypeStruct((c.expert_layers, c.num_experts + c.expert_copies), jnp.int32, sharding=target.place(()))
-    where = jax.tree.map(lambda s: s.sharding if s.format.layout is None else s.format, leaves)
-    return jax.jit(split, donate_argnums=0, out_shardings=where).lower(leaves, wanted)
+    return jax.jit(split, donate_argnums=0, out_shardings=jax.tree.map(place_of, leaves)).lower(leaves, wanted)

@@ -30,7 +30,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
         help="demo, a directory, a .gguf file, a Hugging Face id, or config:NAME (default: demo)",
     )
     made.add_argument("--quantize", default=None, help="int8, fp8, int4, mxfp4, mxfp4_experts, or w8a8 and w8a8_fp8 (tokens in 8 bits too)")
-    axes = "dp replicas, pp stages of layers, ep experts, tp heads and columns"
+    axes = "dp replicas, pp stages of layers, ep experts, sp pages of a context, tp heads and columns"
     made.add_argument("--mesh", default="", help=f"devices of each axis, such as dp=2,tp=4: {axes}")
     made.add_argument("--seed", type=int, default=None, help="of sampling, and of the weights of config: models")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the engine's settings")

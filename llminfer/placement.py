@@ -16,12 +16,12 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 
 from llminfer import balance, cache, params
-from llminfer.arrange import arrangement, on_mesh
+from llminfer.arrange import arrangement, on_mesh, order_of
 from llminfer.config import EngineConfig, ModelConfig
 from llminfer.errors import UserError, as_user_error, refuse
 from llminfer.pages import Pages
 from llminfer.quant import QTensor, Turned, dequantize, maker
-from llminfer.target import Target
+from llminfer.target import Target, place_of
 from llminfer.weights.assemble import layer_of, leaves_of, params_of
 
 
@@ -172,11 +172,6 @@ def zeros(shapes: Any) -> Any:
     return jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=jax.tree.map(place_of, shapes))()
 
 
-def place_of(shape: Any) -> Any:
-    """Where an array of a ShapeDtypeStruct lies: its sharding, and the order of its axes where that is given."""
-    return shape.sharding if shape.format.layout is None else shape.format
-
-
 def load_params(found: Iterable[tuple[str, Any]] | None, c: ModelConfig, settings: EngineConfig, target: Target) -> Any:
     """Weights on their devices: `found` (named host arrays, see weights.Checkpoint.leaves) cast, quantized and stacked as the
     target wants them, one after the other; None: random ones from settings.seed. c: the model as `found` has it."""
@@ -242,7 +237,7 @@ def _by_parts(array: np.ndarray, arrange: Any, where: Any) -> jax.Array:
     if arrange is None:
         whole: Any = array.__getitem__
         return jax.make_array_from_callback(array.shape, where, whole)
-    rows, columns = arrange.order_of(array.shape)
+    rows, columns = order_of(arrange, array.shape[-1])
     shape = (len(columns),) if array.ndim == 1 else (array.shape[0] if rows is None else len(rows), *array.shape[1:-1], len(columns))
 
     def part(index: Any) -> np.ndarray:

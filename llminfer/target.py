@@ -134,6 +134,11 @@ def _staged(mesh: Any) -> bool:
     return RULES.ways(mesh, "layers") > 1
 
 
+def place_of(shape: Any) -> Any:
+    """Where an array of a ShapeDtypeStruct lies: its sharding, and the order of its axes where that is given."""
+    return shape.sharding if shape.format.layout is None else shape.format
+
+
 def devices() -> list[Any]:
     """The devices of this process: the one place that looks at what there is."""
     return jax.devices()
