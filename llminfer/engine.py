@@ -30,7 +30,7 @@ from llminfer.request import MAX_STOPS, FinishReason, Logprobs, Request, Samplin
 from llminfer.sampler import request_key
 from llminfer.scheduler import Item, Plan, Scheduler
 from llminfer.step import NOTHING
-from llminfer.target import Target, place_of
+from llminfer.target import Target
 from llminfer.text import TextStream
 
 # A decode loop that someone watches should come back this often, in seconds. Another may be under way behind it.
@@ -113,7 +113,7 @@ class Engine:
 
     def load_from(self, other: Engine) -> None:
         """Takes the weights that another engine of the same model and settings has, on other devices."""
-        self._start(jax.tree.map(lambda x, s: jax.device_put(x, place_of(s)), other._params, self._shapes[0]))
+        self._start(placement.copied(other._params, self._shapes[0]))
 
     def _start(self, placed: Any) -> None:
         self._params = placed

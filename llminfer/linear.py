@@ -6,6 +6,7 @@ import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +17,7 @@ from llminfer.quant import GROUPS, QTensor, Stacked, Turned, stack_of
 from llminfer.target import Target
 from pallas_kernels import matvec_gpu as gpu
 from pallas_kernels.add_norm_gpu import add_norm_gpu
+from pallas_kernels.peers_gpu import ROWS
 from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
 from pallas_kernels.quantized_matmul_gpu import eight_bit_sums, quantized_matmul_gpu, run, tiles_for_rows
 from pallas_kernels.round_gpu import ACTIVATIONS, round_gpu
@@ -25,13 +27,15 @@ FP8 = jnp.float8_e4m3fn
 Norm = tuple[jax.Array, jax.Array | None]  # weight and bias
 
 
-class Sum(NamedTuple):
+@flax.struct.dataclass
+class Sum:
     """x [T, D] + y [T, D], or + all of y [parts, T, D], which what reads it adds up: together with its norm, on a GPU. by: what y [T, D], a
-    product of 8-bit numbers, has still to be multiplied by: ([T, 1], [1, D])."""
+    product of 8-bit numbers, has still to be multiplied by: ([T, 1], [1, D]). across: y is to be added up over devices too."""
 
     x: jax.Array
     y: jax.Array
     by: Any = None
+    across: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class Rounded(NamedTuple):
@@ -52,10 +56,14 @@ def linear(
     act: bool = False,
     residual: jax.Array | None = None,
     into: Any = None,
+    across: bool = False,
 ) -> Any:
     """residual + act(norm(x) @ w + bias) of x [T, in], each part if asked for: before, the norm's weights; act, the mlp's activation,
     of the first half times the second where the model's mlp is gated. On a GPU all of it is one kernel for one row; for others the residual
-    comes back as a Sum, to be given to `entered`, and what goes into weights that multiply 8-bit tokens (`into`) may come back Rounded."""
+    comes back as a Sum, to be given to `entered`, and what goes into weights that multiply 8-bit tokens (`into`) may come back Rounded.
+    across: a mesh splits the rows of w; where each device runs a program of its own, they add up what theirs gave."""
+    if across and target.sums:
+        return _across(x, w, c, target, bias, residual)
     plain = bias is None and (before is None or (c.norm == "rms" and before[1] is None)) and (residual is None or c.residual_scale == 1)
     gate = c.activation if act else None
     if plain and isinstance(w, Turned) and (not act or c.gated) and _one_row(x, w.w, target, gate):
@@ -76,6 +84,17 @@ def linear(
         if parts is not None:
             return Sum(residual, parts)
     return _finish(matmul(x, w, target), c, target, bias=bias, act=act, residual=residual)
+
+
+def _across(x: Any, w: Any, c: ModelConfig, target: Target, bias: Any, residual: Any) -> Any:
+    """`linear` of rows that are split over devices, of which each gives its part of the sum."""
+    alone = replace(target, sums=())
+    if residual is not None and bias is None and target.peers and len(residual) <= ROWS and _sums_later(residual, c, alone):
+        one = len(residual) == 1  # whose kernel would add the residual
+        found = linear(x, w, c, alone, residual=None if one else residual)
+        return replace(Sum(residual, found) if one else found, across=True)
+    y = lax.psum(linear(x, w, c, alone), target.sums)
+    return _finish(y, c, alone, bias=bias, act=False, residual=residual)
 
 
 def _finish(y: jax.Array, c: ModelConfig, target: Target, *, bias: Any, act: bool, residual: Any) -> Any:
@@ -118,16 +137,20 @@ def _sums_later(x: jax.Array, c: ModelConfig, target: Target) -> bool:
     return own and c.norm == "rms" and not c.norm_bias and c.residual_scale == 1
 
 
-def entered(x: Any, before: Norm | None, c: ModelConfig, target: Target, into: Any = None) -> tuple[jax.Array, Any, Norm | None]:
+def entered(
+    x: Any, before: Norm | None, c: ModelConfig, target: Target, into: Any = None, peers: Any = None
+) -> tuple[jax.Array, Any, Norm | None]:
     """What goes into attention or mlp of a stream x, an array or a Sum: (x as an array, what is read of it, the norm that this still
-    needs). into: the weights that read it."""
+    needs). into: the weights that read it. peers: Params.peers."""
     if not isinstance(x, Sum):
         return x, x, before
     if before is None:
-        total = x.x + scaled(x.y, x.by)
+        y = scaled(x.y, x.by)
+        total = x.x + (lax.psum(y, target.sums) if x.across else y)
         return total, total, None
     kind = _eight_bits(into, x.x, target)
     how: dict[str, Any] = dict(eps=c.norm_eps, offset=float(c.norm_offset), interpret=target.interpret)
+    how |= dict(peers=peers["table"][0]) if x.across else {}
     total, normed = add_norm_gpu(x.x, x.y, before[0], **how, kind=kind, by=x.by)
     return total, normed if kind is None else Rounded(*normed), None
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from llminfer import latent, moe
 from llminfer.balance import added, of_layers
 from llminfer.batch import Batch
+from llminfer.by_device import on_each, runs_alone
 from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
 from llminfer.layers import norm, qk_norm, query_temperature, rope_tables, softcap, unit_norm
@@ -31,9 +32,17 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
         rows = (shared_out(x, target, whole=True) for x in (batch.tokens, batch.positions, batch.reach))
         batch = replace(batch, **dict(zip(("tokens", "positions", "reach"), rows, strict=True)))
     x = embed(params, batch, c, target)
+    body = functools.partial(layers, q_max=q_max)
+    if runs_alone(c, target):
+        return on_each(body, c, target)(replace(params, embed=None, lm_head=None, positions=None), x, cache, batch)
+    return body(params, x, cache, batch, c, target)
+
+
+def layers(params: Params, x: Any, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, *, q_max: int) -> tuple[Any, KVCache]:
+    """What `forward` does after the embedding."""
     ropes = ropes_of(batch, c)
     batch = replace(batch, tables=deal(batch, cache, c, target))
-    layer = functools.partial(run_layer, batch=batch, ropes=ropes, c=c, target=target, q_max=q_max)
+    layer = functools.partial(run_layer, batch=batch, ropes=ropes, peers=params.peers, c=c, target=target, q_max=q_max)
     groups: list[Any] = list(cache.groups)
     used: list[jax.Array] = []  # of the layers so far that have experts: tokens of each slot for them
     scanned = c.scanned if params.stacked else range(0)
@@ -58,7 +67,7 @@ def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target
 
 def final_norm(params: Params, x: Any, c: ModelConfig, target: Target) -> jax.Array:
     with jax.named_scope("final_norm"):
-        _, y, before = entered(x, (params.final_norm, params.final_norm_bias), c, target)
+        _, y, before = entered(x, (params.final_norm, params.final_norm_bias), c, target, peers=params.peers)
         return norm(y, before[0], before[1], c) if before else y
 
 
@@ -74,12 +83,27 @@ def ropes_of(batch: Batch, c: ModelConfig) -> tuple[Any, ...]:
 
 def embed(params: Params, batch: Batch, c: ModelConfig, target: Target) -> jax.Array:
     with jax.named_scope("embed"):
-        x = params.embed[jnp.clip(batch.tokens, 0, c.vocab_size - 1)].astype(target.dtype)
+        ids = jnp.clip(batch.tokens, 0, c.vocab_size - 1)
+        x = (params.embed[ids] if len(ids) > 1 else _one_of(params.embed, ids, target)).astype(target.dtype)
         if c.embed_scale != 1:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if params.positions is not None:
             x = x + params.positions[jnp.clip(batch.positions, 0, c.max_position - 1)].astype(target.dtype)
         return x
+
+
+def _one_of(table: jax.Array, ids: jax.Array, target: Target) -> jax.Array:
+    """table[ids] for one id: of that XLA makes a slice, and of a table on several devices a copy on each, to slice it."""
+    if (ways := target.ways("vocab")) == 1:
+        return table[ids]
+    part, over = table.shape[0] // ways, target.over("vocab")
+
+    def own(table: jax.Array, ids: jax.Array) -> jax.Array:
+        at = ids - jax.lax.axis_index(over) * part
+        return jax.lax.psum(jnp.where((at >= 0) & (at < part), table[jnp.clip(at, 0, part - 1)], 0), over)
+
+    spec = jax.sharding.PartitionSpec
+    return target.split(own, (target.partition(("vocab", None)), spec()), spec())(table, ids)
 
 
 def run_stacked(
@@ -128,19 +152,21 @@ def run_stacked(
 
 
 @functools.partial(jax.jit, static_argnames=("c", "target", "q_max", "kind"))
-def run_layer(w: Layer, x, kv, at, *, batch: Batch, ropes, c: ModelConfig, target: Target, q_max: int, kind: tuple[int, int]):
+def run_layer(
+    w: Layer, x, kv, at, *, batch: Batch, ropes, c: ModelConfig, target: Target, q_max: int, kind: tuple[int, int], peers: Any = None
+):
     """One decoder layer on x [T, D]; at: its place in kv, and `of_layers` of it; kind: its page group, and which of ropes it uses (-1:
     none). An inner jit: equal layers trace once. Returns (x, kv, tokens of each slot for experts int32 [1, S], or None)."""
     (index, told), rope, used = at, kind[1], None
     with jax.named_scope("attention"):
         turns = ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None)
-        x, *read = entered(x, _attn_norm(w, c), c, target, w.qkv)
+        x, *read = entered(x, _attn_norm(w, c), c, target, w.qkv, peers)
         attended, kv = _attention(w, (x, *read), kv, index, turns, batch, c, target, q_max, kind)
     if not c.parallel:
         x = add(x, norm(attended, w.attn_post_norm, None, c), c) if c.post_norm else attended
     with jax.named_scope("mlp"):
         own = _attn_norm(w, c) if c.shared_norm or not c.pre_norm else (w.mlp_norm, w.mlp_norm_bias)
-        x, y, before = entered(x, own, c, target, w.gate_up)
+        x, y, before = entered(x, own, c, target, w.gate_up, peers)
         if w.router is None:
             y = _mlp(y, before, w.gate_up, w.down, w, c, target, x if _just_added(c) else None)
         else:
@@ -162,7 +188,7 @@ def _just_added(c: ModelConfig) -> bool:
 
 def _mlp(x: jax.Array, before: Norm | None, gate_up: Any, down: Any, w: Layer, c: ModelConfig, target: Target, residual: Any = None):
     y = linear(x, gate_up, c, target, bias=w.gate_up_bias, before=before, act=True, into=down if w.down_bias is None else None)
-    return linear(y, down, c, target, bias=w.down_bias, residual=residual)
+    return linear(y, down, c, target, bias=w.down_bias, residual=residual, across=True)
 
 
 def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: ModelConfig, target: Target, told: Any):
@@ -218,7 +244,8 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
         y, kv = attend(q, k, v, kv, **rows)
     y = latent.values(y, w, c) if c.kv_rank else y
     y = y.reshape(x.shape[0], -1)
-    y = linear(shared_out(y, target) if shared else y, w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None)
+    y = shared_out(y, target) if shared else y
+    y = linear(y, w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None, across=True)
     return shared_out(y, target, whole=True) if shared else y, kv
 
 

@@ -79,7 +79,7 @@ class Layer:
 class Params:
     """All weights. `stacked`: one Layer a position of the layer pattern, each leaf [repeats, ...], run under a scan; `listed`: the layers
     around those, the first `leading` of them before (all of them in the listed layout). lm_head is None when tied to embed, unless it
-    is quantized: then it is a QTensor of [D, V]."""
+    is quantized: then it is a QTensor of [D, V]. peers: no weights, but where GPUs find each other's memory (Target.peers)."""
 
     embed: Any  # [V, D]
     stacked: tuple[Layer, ...]
@@ -88,6 +88,7 @@ class Params:
     lm_head: Any = None  # [V, D], or a QTensor
     positions: Any = None  # [max_position, D], where positions are learned
     final_norm_bias: Any = None  # [D]
+    peers: Any = None  # pallas_kernels.peers_gpu.shapes
     leading: int = flax.struct.field(pytree_node=False, default=0)
 
 

@@ -17,12 +17,14 @@ from jax.experimental.layout import Format, Layout
 
 from llminfer import balance, cache, params
 from llminfer.arrange import arrangement, on_mesh, order_of
+from llminfer.by_device import have_peers
 from llminfer.config import EngineConfig, ModelConfig
 from llminfer.errors import UserError, as_user_error, refuse
 from llminfer.pages import Pages
 from llminfer.quant import QTensor, Turned, dequantize, maker
 from llminfer.target import Target, place_of
 from llminfer.weights.assemble import layer_of, leaves_of, params_of
+from pallas_kernels import peers_gpu
 
 
 def fitted(c: ModelConfig, settings: EngineConfig, target: Target) -> Target:
@@ -55,7 +57,8 @@ def fitted(c: ModelConfig, settings: EngineConfig, target: Target) -> Target:
     if c.num_experts:
         slots = {"num_experts + expert_copies" if copies else "num_experts": c.num_experts + copies}
         sizes |= dict(experts=slots, expert_mlp=dict(moe_intermediate_size=c.moe_intermediate_size))
-    return replace(target, rules=as_user_error(target.rules.fitted, target.mesh, sizes), expert_copies=copies)
+    target = replace(target, rules=as_user_error(target.rules.fitted, target.mesh, sizes), expert_copies=copies)
+    return replace(target, peers=target.peers or have_peers(c, target))
 
 
 def check_cache(c: ModelConfig, settings: EngineConfig) -> None:
@@ -69,7 +72,8 @@ def abstract_params(c: ModelConfig, settings: EngineConfig, target: Target) -> A
     c = on_mesh(c, target)
     specs = params.stacked_specs(c) if target.stacked else params.param_specs(c)
     specs = replace(specs, lm_head=_head_spec(c)) if settings.quantize_head else specs
-    return jax.tree.map(lambda spec: _abstract(spec, settings, target), specs, is_leaf=params.is_spec)
+    shapes = jax.tree.map(lambda spec: _abstract(spec, settings, target), specs, is_leaf=params.is_spec)
+    return replace(shapes, peers=peers_gpu.shapes(target.mesh, c.hidden_size) if target.peers else None)
 
 
 def _head_spec(c: ModelConfig) -> params.ParamSpec:
@@ -287,7 +291,16 @@ def _place_leaves(leaves: Iterable[tuple[str, Any]], specs: Any, c: ModelConfig,
         del x  # before the next one is read
     placed = params_of(listed, c, without=under_scan)
     placed = replace(placed, stacked=tuple(params.Layer(**fields) for fields in stacked), leading=wanted.leading)
-    return jax.tree.map(lambda x, s: jax.device_put(x, place_of(s)), placed, wanted)
+    return copied(placed, wanted)
+
+
+def copied(placed: Any, wanted: Any) -> Any:
+    """Weights where ShapeDtypeStructs say, copied if they are elsewhere, with peers of that mesh."""
+    own = [replace(x, peers=None) for x in (placed, wanted)]
+    moved = jax.tree.map(lambda x, s: jax.device_put(x, place_of(s)), *own)
+    if wanted.peers is None:
+        return moved
+    return replace(moved, peers=peers_gpu.workspace(wanted.peers["table"].sharding.mesh, wanted.final_norm.shape[0]))
 
 
 def pool_sizes(c: ModelConfig, settings: EngineConfig, context: int, target: Target) -> tuple[int, ...]:

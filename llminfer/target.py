@@ -28,7 +28,8 @@ class Target:
     device too. mesh: a jax.sharding.Mesh, or None for one device. rules: what of an array is split over which of its axes. device: the one
     without a mesh; None: the first. exchange: how tokens go to the devices of their experts where that moves less than a sum (moe.py):
     "ragged" (TPU), "padded" (for tests on a CPU), "" never. expert_copies: see EngineConfig. in_stage: what is computed runs on the
-    devices of one stage of a pipeline."""
+    devices of one stage of a pipeline. sums: the program is that of one device of several, and these are the mesh axes over which what the
+    rows of a matrix give is still to be added up (by_device.py); peers: a kernel can do that, for these GPUs write each other's memory."""
 
     platform: str
     kernels: str
@@ -43,6 +44,8 @@ class Target:
     exchange: str = ""
     expert_copies: int = 0
     in_stage: bool = False
+    sums: tuple[str, ...] = ()
+    peers: bool = False
 
     @classmethod
     def of(

@@ -1,6 +1,6 @@
 """Products of few rows with a model's matrices on a GPU: how near to the card's read bandwidth they come, and with which tiles.
 
-    PYTHONPATH=. python tests/bench_gpu_matmul.py [--only check,sweep,rows,xla,one_row,layers] [--seconds 120] [--out results.json]
+    PYTHONPATH=. python tests/bench_gpu_matmul.py [--only check,sweep,rows,xla,one_row,layers] [--ways 2] [--seconds 120] [--out results.json]
 
 Checks numbers against float64, reads 2 GB for the bandwidth, and times, by type, shape and rows: candidates of tiles for the kernel, what
 XLA makes of weights by channel, and chains of whole layers. A chain feeds each product's result to the next through an elementwise
@@ -278,7 +278,9 @@ def main() -> None:
     parser.add_argument("--out", help="where all times are written, as JSON")
     parser.add_argument("--types", default="bfloat16,int8", help="rows: of weights")
     parser.add_argument("--rows", default="8,32,64", help="rows: of x")
+    parser.add_argument("--ways", type=int, default=1, help="devices that share each matrix: of one the part is timed")
     args = parser.parse_args()
+    SHAPES.update({name: (k // args.ways, n) if name in ("o", "down") else (k, n // args.ways) for name, (k, n) in SHAPES.items()})
     note(jax.__version__, jax.devices()[0].device_kind)
     parts, deadline, results = args.only.split(","), START + args.seconds, []
     rate = probe()

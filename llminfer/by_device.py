@@ -1,0 +1,69 @@
+"""Tensor parallelism on GPUs: each device runs the program of one device, on its own heads and its own columns of the mlp.
+
+So all kernels of one device work, which XLA could not split by itself; and the two sums of a layer over devices are said where they are
+(linear.py), after attention and after the mlp, as Shoeybi et al. have it (arXiv 1909.08053)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from llminfer.config import ModelConfig
+from llminfer.params import Params, layer_specs
+from llminfer.quant import QTensor, Turned
+from llminfer.target import Target
+from pallas_kernels.peers_gpu import WAYS, WIDTHS, reachable
+
+
+def runs_alone(c: ModelConfig, target: Target) -> bool:
+    """Whether the layers of a model are run so: dense ones, listed, whose heads and columns are split over the whole mesh."""
+    if not target.turned or target.mesh is None or target.stacked or c.num_experts or c.kv_rank or c.qk_norm in ("heads", "full"):
+        return False
+    return all(target.ways(axis) == target.mesh.size for axis in ("kv_heads", "heads", "mlp"))
+
+
+def have_peers(c: ModelConfig, target: Target) -> bool:
+    """Whether the devices' sums can go straight from memory to memory: see Target.peers."""
+    fits = target.kernels == "triton" and target.dtype == "bfloat16" and c.hidden_size in WIDTHS and runs_alone(c, target)
+    return fits and target.mesh.size in WAYS and reachable(list(target.mesh.devices.flat))
+
+
+def on_each(body: Any, c: ModelConfig, target: Target) -> Any:
+    """body(params, x, groups, batch, c, target) -> (hidden, groups), run by each device of the mesh with its part of weights and cache, for
+    the model and the target that it is of such a part. params: without what is split by vocabulary."""
+    ways = target.ways("heads")
+    own = replace(c, num_heads=c.num_heads // ways, num_kv_heads=c.num_kv_heads // ways, intermediate_size=c.intermediate_size // ways)
+    alone = replace(target, mesh=None, sums=target.over("heads"))
+    whole = jax.sharding.PartitionSpec()
+
+    def run(params: Params, x: Any, groups: Any, batch: Any) -> Any:
+        listed = tuple(
+            jax.tree.map(lambda spec, leaf: _spec(leaf, spec.axes, target), layer_specs(c, number), layer, is_leaf=_is_weight)
+            for number, layer in enumerate(params.listed)
+        )
+        peers = jax.tree.map(lambda _: jax.sharding.PartitionSpec(target.mesh.axis_names), params.peers)
+        each = replace(jax.tree.map(lambda _: whole, params), listed=listed, peers=peers)
+        cache = jax.tree.map(lambda a: target.partition((None, None, "kv_heads", None, None)[: a.ndim]), groups)
+        specs = (each, whole, cache, jax.tree.map(lambda _: whole, batch))
+        inner = lambda *given: body(*given, own, alone)
+        return target.split(inner, specs, (whole, cache))(params, x, groups, batch)
+
+    return run
+
+
+def _is_weight(x: Any) -> bool:
+    return not isinstance(x, tuple) and hasattr(x, "axes")
+
+
+def _spec(leaf: Any, axes: tuple[str, ...], target: Target) -> Any:
+    """How placement.py lays out one weight with these logical axes."""
+    turned = (*axes[:-2], axes[-1], axes[-2]) if len(axes) > 1 else axes
+    if isinstance(leaf, Turned):
+        return Turned(target.partition(turned))
+    if isinstance(leaf, QTensor):
+        groups = axes[-2] if leaf.scale.shape[-2] > 1 else None
+        scale = target.partition((*axes[:-2], groups, axes[-1]))
+        return replace(leaf, q=target.partition(turned if leaf.turned else axes), scale=scale)
+    return target.partition(axes)
