@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from llminfer.config import ModelConfig
-from llminfer.params import Params, layer_specs
+from llminfer.params import Params, is_spec, layer_specs
 from llminfer.quant import QTensor, Turned
 from llminfer.target import Target
 from pallas_kernels.peers_gpu import WAYS, WIDTHS, reachable
@@ -40,30 +40,29 @@ def on_each(body: Any, c: ModelConfig, target: Target) -> Any:
 
     def run(params: Params, x: Any, groups: Any, batch: Any) -> Any:
         listed = tuple(
-            jax.tree.map(lambda spec, leaf: _spec(leaf, spec.axes, target), layer_specs(c, number), layer, is_leaf=_is_weight)
+            jax.tree.map(lambda spec, leaf: _spec(leaf, spec.axes, target), layer_specs(c, number), layer, is_leaf=is_spec)
             for number, layer in enumerate(params.listed)
         )
         peers = jax.tree.map(lambda _: jax.sharding.PartitionSpec(target.mesh.axis_names), params.peers)
         each = replace(jax.tree.map(lambda _: whole, params), listed=listed, peers=peers)
         cache = jax.tree.map(lambda a: target.partition((None, None, "kv_heads", None, None)[: a.ndim]), groups)
         specs = (each, whole, cache, jax.tree.map(lambda _: whole, batch))
-        inner = lambda *given: body(*given, own, alone)
+
+        def inner(params: Params, x: Any, groups: Any, batch: Any) -> Any:
+            listed = tuple(replace(layer, peers=params.peers) for layer in params.listed)
+            return body(replace(params, listed=listed), x, groups, batch, own, alone)
+
         return target.split(inner, specs, (whole, cache))(params, x, groups, batch)
 
     return run
 
 
-def _is_weight(x: Any) -> bool:
-    return not isinstance(x, tuple) and hasattr(x, "axes")
-
-
 def _spec(leaf: Any, axes: tuple[str, ...], target: Target) -> Any:
     """How placement.py lays out one weight with these logical axes."""
-    turned = (*axes[:-2], axes[-1], axes[-2]) if len(axes) > 1 else axes
+    if not isinstance(leaf, Turned | QTensor):
+        return target.partition(axes)
+    inner, outer = axes  # of a matrix
     if isinstance(leaf, Turned):
-        return Turned(target.partition(turned))
-    if isinstance(leaf, QTensor):
-        groups = axes[-2] if leaf.scale.shape[-2] > 1 else None
-        scale = target.partition((*axes[:-2], groups, axes[-1]))
-        return replace(leaf, q=target.partition(turned if leaf.turned else axes), scale=scale)
-    return target.partition(axes)
+        return Turned(target.partition((outer, inner)))
+    scale = target.partition((inner if leaf.scale.shape[-2] > 1 else None, outer))
+    return replace(leaf, q=target.partition((outer, inner) if leaf.turned else axes), scale=scale)

@@ -19,7 +19,7 @@ from pallas_kernels import matvec_gpu as gpu
 from pallas_kernels.add_norm_gpu import add_norm_gpu
 from pallas_kernels.peers_gpu import ROWS
 from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
-from pallas_kernels.quantized_matmul_gpu import eight_bit_sums, quantized_matmul_gpu, run, tiles_for_rows
+from pallas_kernels.quantized_matmul_gpu import eight_bit_sums, gated_matmul_gpu, quantized_matmul_gpu, run, tiles_for_gated, tiles_for_rows
 from pallas_kernels.round_gpu import ACTIVATIONS, round_gpu
 from pallas_kernels.weight_formats import LANES
 
@@ -79,6 +79,8 @@ def linear(
         if residual is not None and bias is None and not act and _sums_later(residual, c, target):
             return Sum(residual, sums, by)
         return _finish(scaled(sums, by), c, target, bias=bias, act=act, residual=residual)
+    if act and c.gated and bias is None and gate in ACTIVATIONS and isinstance(w, Turned) and _gated_fits(x, w.w, target):
+        return gated_matmul_gpu(x, w.w, gate, interpret=target.interpret)
     if residual is not None and bias is None and not act and isinstance(w, Turned) and _sums_later(residual, c, target):
         parts = _parts(x, w.w, target)
         if parts is not None:
@@ -163,6 +165,11 @@ def add(x: jax.Array, y: jax.Array, c: ModelConfig) -> jax.Array:
 def _ours(x: jax.Array, w: jax.Array, target: Target) -> bool:
     """Whether a GPU's kernels for bfloat16 are to be asked for x [T, in] and w [out, in]."""
     return target.turned and target.mesh is None and x.dtype == w.dtype == jnp.bfloat16
+
+
+def _gated_fits(x: jax.Array, w: jax.Array, target: Target) -> bool:
+    """Whether that for a product and its gate takes them, and is faster than both."""
+    return _ours(x, w, target) and tiles_for_gated(x.shape[0], *w.shape) is not None
 
 
 def _one_row(x: jax.Array, w: jax.Array, target: Target, gate: str | None = None) -> bool:

@@ -42,7 +42,7 @@ def layers(params: Params, x: Any, cache: KVCache, batch: Batch, c: ModelConfig,
     """What `forward` does after the embedding."""
     ropes = ropes_of(batch, c)
     batch = replace(batch, tables=deal(batch, cache, c, target))
-    layer = functools.partial(run_layer, batch=batch, ropes=ropes, peers=params.peers, c=c, target=target, q_max=q_max)
+    layer = functools.partial(run_layer, batch=batch, ropes=ropes, c=c, target=target, q_max=q_max)
     groups: list[Any] = list(cache.groups)
     used: list[jax.Array] = []  # of the layers so far that have experts: tokens of each slot for them
     scanned = c.scanned if params.stacked else range(0)
@@ -93,7 +93,7 @@ def embed(params: Params, batch: Batch, c: ModelConfig, target: Target) -> jax.A
 
 
 def _one_of(table: jax.Array, ids: jax.Array, target: Target) -> jax.Array:
-    """table[ids] for one id: of that XLA makes a slice, and of a table on several devices a copy on each, to slice it."""
+    """table[ids] for one id: of that XLA makes a slice, for GPUs so early that a table on several devices is gathered to be sliced."""
     if (ways := target.ways("vocab")) == 1:
         return table[ids]
     part, over = table.shape[0] // ways, target.over("vocab")
@@ -152,21 +152,19 @@ def run_stacked(
 
 
 @functools.partial(jax.jit, static_argnames=("c", "target", "q_max", "kind"))
-def run_layer(
-    w: Layer, x, kv, at, *, batch: Batch, ropes, c: ModelConfig, target: Target, q_max: int, kind: tuple[int, int], peers: Any = None
-):
+def run_layer(w: Layer, x, kv, at, *, batch: Batch, ropes, c: ModelConfig, target: Target, q_max: int, kind: tuple[int, int]):
     """One decoder layer on x [T, D]; at: its place in kv, and `of_layers` of it; kind: its page group, and which of ropes it uses (-1:
     none). An inner jit: equal layers trace once. Returns (x, kv, tokens of each slot for experts int32 [1, S], or None)."""
     (index, told), rope, used = at, kind[1], None
     with jax.named_scope("attention"):
         turns = ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None)
-        x, *read = entered(x, _attn_norm(w, c), c, target, w.qkv, peers)
+        x, *read = entered(x, _attn_norm(w, c), c, target, w.qkv, w.peers)
         attended, kv = _attention(w, (x, *read), kv, index, turns, batch, c, target, q_max, kind)
     if not c.parallel:
         x = add(x, norm(attended, w.attn_post_norm, None, c), c) if c.post_norm else attended
     with jax.named_scope("mlp"):
         own = _attn_norm(w, c) if c.shared_norm or not c.pre_norm else (w.mlp_norm, w.mlp_norm_bias)
-        x, y, before = entered(x, own, c, target, w.gate_up, peers)
+        x, y, before = entered(x, own, c, target, w.gate_up, w.peers)
         if w.router is None:
             y = _mlp(y, before, w.gate_up, w.down, w, c, target, x if _just_added(c) else None)
         else:

@@ -73,6 +73,7 @@ class Layer:
     o_bias: Any = None  # [D]
     gate_up_bias: Any = None  # [2 * F] or [F]
     down_bias: Any = None  # [D]
+    peers: Any = None  # inside of a program, Params.peers
 
 
 @flax.struct.dataclass

@@ -27,8 +27,8 @@ bf16, f32 = jnp.bfloat16, jnp.float32
 def add_norm_gpu(
     x, y, weight, *, eps: float, offset: float = 0.0, kind: Any = None, by: Any = None, peers: Any = None, interpret=False
 ) -> tuple[Any, Any]:
-    """(s, n), rounded to bfloat16 where the model rounds. kind: int8 or float8_e4m3fn: n is (q, amount), as round_gpu.py has it. peers: this
-    device's words of peers_gpu.workspace, int32 [words]. Raises ValueError for shapes and types that do not fit."""
+    """(s, n), rounded to bfloat16 where the model rounds. kind: int8 or float8_e4m3fn: n is (q, amount), as round_gpu.py has it. peers:
+    this device's words of peers_gpu.workspace, int32 [words]. Raises ValueError for shapes and types that do not fit."""
     parts = y if y.ndim == 3 else y[None]
     shapes = x.ndim == 2 and parts.shape[1:] == x.shape and weight.shape == x.shape[1:]
     types = (bf16, f32) if by is None else (jnp.int32, bf16, f32)
@@ -37,7 +37,9 @@ def add_norm_gpu(
         raise ValueError(f"{given}: must be bfloat16 [T, D], [T, D] or [parts, T, D], and bfloat16 [D]")
     rows, size = x.shape
     if peers is not None and (size not in peers_gpu.WIDTHS or rows > peers_gpu.ROWS or interpret):
-        raise ValueError(f"x {x.shape}: with peers there are at most {peers_gpu.ROWS} rows of {', '.join(map(str, peers_gpu.WIDTHS))}, on GPUs")
+        raise ValueError(
+            f"x {x.shape}: with peers there are at most {peers_gpu.ROWS} rows of {', '.join(map(str, peers_gpu.WIDTHS))}, on GPUs"
+        )
     block = 1 << (size - 1).bit_length()
 
     def kernel(x, y, weight, *refs):

@@ -1,12 +1,13 @@
 """Sums over the GPUs of one host, inside of a kernel: each row goes straight into the memory of the others, over NVLink.
 
-Every device has a workspace that all can write: for each row a count of the exchanges so far and, twice, a slot for the row of each device
-with a flag. A row is written into its slot on all devices, then the flags; where all flags have come, the slots are added up in the order of
-devices, so that all get the same bits. The two halves take turns, so one wait is enough: who writes a slot again has seen a flag that its
-owner wrote after reading it. A device that never comes is waited for without end, as in any collective.
+Every device has a workspace that all can write: for each row three times a slot for the row of each device, and the number of the one that
+is next. A row is written into its slot on all devices; where all have come, they are added up in the order of devices, so that all get the
+same bits. A slot that waits is full of EMPTY, which no row has, so the numbers say themselves that they are there, and nothing has to be
+ordered. What was read is made EMPTY in the next exchange, and written again two after that: by then its writer has seen a row that was
+sent after the slot was emptied. For a device that never comes a kernel waits TRIES times, a minute or so, and ends in an error.
 
 The addresses are the devices' own: they are made once, and belong to the mesh for which they were made. One thread exchanges 16 numbers, so
-a row of D has D / 512 warps. XLA's own all-reduce of 64 rows of 4,096, with the norm behind it, takes 26 us on two H100s; this 9.
+a row of D has D / 512 warps.
 """
 
 from __future__ import annotations
@@ -25,11 +26,19 @@ ROWS = 256  # that one call may have
 NUMBERS = 16  # bfloat16 that a thread has of a row
 WIDTHS = tuple(512 << i for i in range(6))  # D that there are warps for
 WAYS = (2, 4, 8)
+SLOTS = 3
+TRIES = 1 << 26
+EMPTY = -1  # two bfloat16 that are no numbers; of a row that has them they become others that are none
 
 
 def reachable(devices: Sequence[Any]) -> bool:
-    """Whether kernels on each of these GPUs can write the memory of all others: the driver says it of devices of this process."""
+    """Whether kernels on each of these GPUs can write the memory of all others: the driver says it of devices of this process. And whether
+    XLA has all its memory from the start, as is its default: to map more of it the driver may wait for a kernel that waits for another
+    device, which would never come."""
     if any(device.process_index != jax.process_index() for device in devices):
+        return False
+    memory = [device.memory_stats() or {} for device in devices]
+    if any(stats.get("pool_bytes", 0) < stats.get("bytes_limit", 1) for stats in memory):
         return False
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -43,7 +52,7 @@ def reachable(devices: Sequence[Any]) -> bool:
 def shapes(mesh: Mesh, width: int) -> dict[str, Any]:
     """Of what `workspace` makes, with shardings."""
     ways, where = mesh.size, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    words = _offsets(ways)[1] // 4 + ways * ROWS * width
+    words = ROWS + SLOTS * ways * ROWS * width // 2
     return {name: jax.ShapeDtypeStruct((ways, n), jnp.int32, sharding=where) for name, n in dict(table=3 + 2 * ways, space=words).items()}
 
 
@@ -52,7 +61,8 @@ def workspace(mesh: Mesh, width: int) -> dict[str, jax.Array]:
     the device's number, and the low and high half of its own address, then of all in turn."""
     made = shapes(mesh, width)
     where = made["space"].sharding
-    space = jax.jit(lambda: jnp.zeros(made["space"].shape, jnp.int32), out_shardings=where)()
+    empty = lambda: jnp.full(made["space"].shape, EMPTY, jnp.int32).at[:, :ROWS].set(0)
+    space = jax.jit(empty, out_shardings=where)()
     space.block_until_ready()
     at = {shard.device: shard.data.unsafe_buffer_pointer() for shard in space.addressable_shards}
     bases = [at[device] for device in mesh.devices.flat]
@@ -66,63 +76,83 @@ def summed(row: Any, table: Any) -> Any:
     ways = (table.shape[0] - 3) // 2
     word = lambda i: jnp.broadcast_to(plgpu.load(table.at[jnp.int32(i)]), row.shape)
     words = [word(i) for i in range(table.shape[0])]
-    like = jax.ShapeDtypeStruct(row.shape, row.dtype)
-    operands = NUMBERS // 2 + NUMBERS * len(words)
-    constraints = ",".join(["=&r"] * (NUMBERS // 2) + ["r"] * operands)
-    text = _text(ways, 2 * row.shape[0])
-    return plgpu.elementwise_inline_asm(text, args=[row, *words], constraints=constraints, pack=NUMBERS, result_shape_dtypes=[like])[0]
+
+    def asm(text: str, args: list[Any], dtype: Any, results: int) -> Any:
+        operands = sum(NUMBERS * arg.dtype.itemsize // 4 for arg in args)
+        constraints = ",".join(["=&r"] * results + ["r"] * operands)
+        like = [jax.ShapeDtypeStruct(row.shape, dtype)]
+        return plgpu.elementwise_inline_asm(text, args=args, constraints=constraints, pack=NUMBERS, result_shape_dtypes=like)[0]
+
+    slot = asm(_next_slot(), words[1:3], jnp.int32, NUMBERS)  # by itself, so that it is asked for before the row is there
+    return asm(_exchange(ways, 2 * row.shape[0]), [row, slot, *words], row.dtype, NUMBERS // 2)
 
 
-def _offsets(ways: int) -> tuple[int, int]:
-    """Bytes before the flags, and before the slots, of a workspace; the counts come first."""
-    return 4 * ROWS, -(-4 * ROWS * (1 + ways) // 1024) * 1024
-
-
-def _text(ways: int, size: int) -> str:
-    """PTX of one thread for rows of `size` bytes. Operands: 8 registers of the result, 8 of the row, then each word 16 times."""
-    half = NUMBERS // 2
-    flags, slots = _offsets(ways)
-    word = lambda i: f"${2 * half + NUMBERS * i}"
-    own = [f"${half + i}" for i in range(half)]
-    base = lambda i: f"mov.b64 base, {{{word(1 + 2 * i)}, {word(2 + 2 * i)}}};"  # 0: this device's, then those of all
-    into = lambda offset, to: [f"cvt.u64.u32 at, {offset};", f"add.u64 {to}, base, at;"]
+def _next_slot() -> str:
+    """PTX: which slot the row of this program uses, 16 times. Operands: the results, then the halves of the workspace's address."""
     lines = [
-        ".reg .u32 thread, row, count, half, device, place, step, got, wide;",
-        ".reg .u64 base, at, counter, here;",
-        ".reg .pred first, waits;",
+        ".reg .u64 at, base;",
+        f"mov.b64 base, {{${NUMBERS}, ${2 * NUMBERS}}};",
+        ".reg .u32 row;",
+        "mov.u32 row, %ctaid.x;",
+        "mul.wide.u32 at, row, 4;",
+        "add.u64 at, base, at;",
+        "ld.volatile.global.u32 $0, [at];",
+        *(f"mov.b32 ${i}, $0;" for i in range(1, NUMBERS)),
+    ]
+    return "\n".join(["{", *lines, "}"])
+
+
+def _exchange(ways: int, size: int) -> str:
+    """PTX of one thread for rows of `size` bytes. Operands: 8 registers of the result, 8 of the row, then the slot and each word, all of
+    them 16 times."""
+    half, third = NUMBERS // 2, ways * ROWS * size
+    word = lambda i: f"${2 * half + NUMBERS * i}"  # 0: the slot, 1: the device's number
+    base = lambda i: f"mov.b64 base, {{{word(2 + 2 * i)}, {word(3 + 2 * i)}}};"  # 0: this device's, then those of all
+    quad = lambda names, i: "{" + ", ".join(names[4 * i : 4 * i + 4]) + "}"
+    into = ["cvt.u64.u32 at, place;", "add.u64 at, base, at;"]
+    v, none = [f"v{i}" for i in range(half)], ["none"] * half
+    lines = [
+        ".reg .u32 thread, row, slot, device, place, mine, after, before, none, wide, tries;",
+        ".reg .u64 base, at;",
+        ".reg .pred first, empty, last;",
         f".reg .b32 v<{half}>;",
         f".reg .f32 low<{half}>, high<{half}>, more;",
         "mov.u32 thread, %tid.x;",
         "mov.u32 row, %ctaid.x;",
-        f"mov.u32 device, {word(0)};",
+        f"mov.u32 slot, {word(0)};",
+        f"mov.u32 device, {word(1)};",
+        f"mov.b32 none, {EMPTY};",
+        "mov.u32 tries, 0;",
+        f"mad.lo.u32 mine, row, {size}, {4 * ROWS};",
+        f"mad.lo.u32 mine, thread, {2 * NUMBERS}, mine;",  # of this thread, in the slot 0 of device 0
+        f"mad.lo.u32 place, slot, {third}, mine;",
+        f"mad.lo.u32 place, device, {ROWS * size}, place;",
+    ]
+    for i in range(half):
+        lines += [f"setp.eq.u32 empty, ${half + i}, none;", f"selp.b32 v{i}, 0x7fff7fff, ${half + i}, empty;"]
+    for to in range(ways):
+        lines += [base(1 + to), *into, *(f"st.volatile.global.v4.b32 [at + {16 * i}], {quad(v, i)};" for i in range(half // 4))]
+    lines += ["setp.eq.u32 first, slot, 0;", "sub.u32 before, slot, 1;", f"selp.u32 before, {SLOTS - 1}, before, first;"]
+    lines += ["add.u32 after, slot, 1;", f"setp.eq.u32 last, after, {SLOTS};", "selp.u32 after, 0, after, last;"]
+    lines += [base(0), f"mad.lo.u32 before, before, {third}, mine;"]
+    for of in range(ways):
+        lines += [f"add.u32 place, before, {of * ROWS * size};", *into]
+        lines += [f"st.volatile.global.v4.b32 [at + {16 * i}], {quad(none, i)};" for i in range(half // 4)]
+    # All threads know the slot before its number changes.
+    lines += [
+        "bar.sync 0;",
         "setp.eq.u32 first, thread, 0;",
         "mul.lo.u32 place, row, 4;",
-        base(0),
-        *into("place", "counter"),
-        "ld.volatile.global.u32 count, [counter];",
-        "add.u32 count, count, 1;",
-        "and.b32 half, count, 1;",
-        f"mul.lo.u32 half, half, {ways * ROWS * size};",
-        f"mad.lo.u32 half, row, {size}, half;",
-        f"mad.lo.u32 half, thread, {2 * NUMBERS}, half;",  # of this thread, in the slot of device 0
-        f"add.u32 half, half, {slots};",
-        f"mad.lo.u32 place, device, {ROWS * size}, half;",
+        *into,
+        "@first st.volatile.global.u32 [at], after;",
     ]
-    for to in range(ways):
-        lines += [base(1 + to), *into("place", "here")]
-        lines += [f"st.global.v4.b32 [here + {16 * i}], {{{', '.join(own[4 * i : 4 * i + 4])}}};" for i in range(half // 4)]
-    lines += ["bar.sync 0;", f"mad.lo.u32 step, device, {ROWS}, row;", f"mad.lo.u32 step, step, 4, {flags};"]
-    for to in range(ways):
-        lines += [base(1 + to), *into("step", "here"), "@first st.release.sys.global.u32 [here], count;"]
-    lines += ["@!first bra COME;", base(0)]
+    lines += [f"mad.lo.u32 mine, slot, {third}, mine;"]
     for of in range(ways):
-        lines += [f"add.u32 step, row, {of * ROWS};", f"mad.lo.u32 step, step, 4, {flags};", *into("step", "here")]
-        lines += [f"WAIT{of}:", "ld.acquire.sys.global.u32 got, [here];", "setp.ne.u32 waits, got, count;", f"@waits bra WAIT{of};"]
-    lines += ["COME:", "bar.sync 0;", "@first st.volatile.global.u32 [counter], count;", base(0)]
-    for of in range(ways):
-        lines += [f"add.u32 place, half, {of * ROWS * size};", *into("place", "here")]
-        for i in range(half // 4):
-            lines.append(f"ld.volatile.global.v4.b32 {{{', '.join(f'v{4 * i + j}' for j in range(4))}}}, [here + {16 * i}];")
+        lines += [f"add.u32 place, mine, {of * ROWS * size};", *into, f"WAIT{of}:"]
+        lines += ["add.u32 tries, tries, 1;", f"setp.gt.u32 empty, tries, {TRIES};", "@empty trap;"]
+        lines += [f"ld.volatile.global.v4.b32 {quad(v, i)}, [at + {16 * i}];" for i in range(half // 4)]
+        for i in range(half):
+            lines += [f"setp.eq.u32 empty, v{i}, none;", f"@empty bra WAIT{of};"]
         for i in range(half):
             for name, take in ((f"low{i}", f"shl.b32 wide, v{i}, 16;"), (f"high{i}", f"and.b32 wide, v{i}, 0xffff0000;")):
                 lines += [take, f"mov.b32 {name}, wide;"] if of == 0 else [take, "mov.b32 more, wide;", f"add.f32 {name}, {name}, more;"]

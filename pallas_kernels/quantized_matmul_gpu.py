@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.quantized_matmul import by_group, quantize_rows
+from pallas_kernels.round_gpu import ACTIVATIONS, activate
 from pallas_kernels.weight_formats import GROUPS, LANES, bfloat16_parts, turned_values
 
 bf16, f32 = jnp.bfloat16, jnp.float32
@@ -61,6 +62,7 @@ TUNED_ROWS = {
     ("bfloat16", 14336, 4096): {16: Tiles(32, 256, 3, 4, 2), 32: Tiles(64, 128, 4, 4, 2), 64: Tiles(32, 128, 4, 2, 2)},
     ("bfloat16", 4096, 128256): {16: Tiles(64, 128, 5, 1, 1), 64: Tiles(128, 128, 4, 1, 4)},
     # the parts of two devices
+    ("bfloat16", 4096, 3072): {32: Tiles(64, 64, 4, 4, 2), 64: Tiles(32, 64, 4, 4, 2)},
     ("bfloat16", 2048, 4096): {64: Tiles(64, 64, 4, 4, 4)},
     ("bfloat16", 4096, 14336): {32: Tiles(64, 128, 3, 1, 4), 64: Tiles(64, 64, 4, 1, 4)},
     ("bfloat16", 7168, 4096): {32: Tiles(64, 128, 3, 4, 4), 64: Tiles(32, 256, 3, 2, 2)},
@@ -68,6 +70,12 @@ TUNED_ROWS = {
     ("int8", 4096, 4096): {64: Tiles(128, 64, 4, 8, 4)},
 }
 
+
+# (K, N) -> {most rows: tiles} of gated_matmul_gpu.
+TUNED_GATED = {
+    (4096, 28672): {16: Tiles(64, 256, 4, 1, 2), 32: Tiles(128, 128, 4, 1, 4), 64: Tiles(64, 128, 3, 1, 4)},
+    (4096, 14336): {16: Tiles(128, 128, 4, 1, 4), 32: Tiles(128, 128, 4, 1, 4), 64: Tiles(128, 128, 3, 1, 4)},
+}
 
 # (type of both, K, N) -> tiles for 33 to 64 rows of 8-bit tokens, where they were faster than XLA's product, or compile faster: XLA tries
 # its own for a minute. On an H100; int8 gate and up takes 49 us in XLA's and 55 here.
@@ -368,6 +376,51 @@ def _kernel(*refs, site: Site):
     if site.kind == "mxfp4":
         acc *= 0.25
     plgpu.store(out.at[part, pl.ds(first, site.many), rows], (acc if flip else acc.T).astype(out.dtype), mask=here)
+
+
+def _gated_kernel(x, w, out, *, site: Site, by: str):
+    """act(gate) * up of bfloat16, of which a program has as many rows each."""
+    tiles, wide, many = site.tiles, out.shape[1], out.shape[0]
+    half, first = tiles.rows // 2, pl.program_id(1) * site.many
+    columns = pl.program_id(0) * half
+    mine = None if many % site.many == 0 else (first + lax.iota(jnp.int32, site.many) < many)[:, None]
+
+    def body(i, sums):
+        k = pl.ds(i * tiles.depth, tiles.depth)
+        at = x.at[pl.ds(first, site.many), k]
+        left = load(at) if mine is None else load(at, mask=mine, other=jnp.zeros((), x.dtype))
+        both = [load(w.at[pl.ds(columns + start, half), k]) for start in (0, wide)]
+        return [s + lax.dot_general(left, r, (((1,), (1,)), ((), ())), preferred_element_type=f32) for s, r in zip(sums, both, strict=True)]
+
+    gate, up = lax.fori_loop(0, w.shape[1] // tiles.depth, body, [jnp.zeros((site.many, half), f32)] * 2)
+    y = activate(gate, by) * up
+    plgpu.store(out.at[pl.ds(first, site.many), pl.ds(columns, half)], y.astype(out.dtype), mask=mine)
+
+
+def gated_matmul_gpu(x, w, gate: str, *, tiles: Tiles | None = None, interpret=False) -> jax.Array:
+    """act(x @ w[: N / 2].T) * (x @ w[N / 2 :].T) of bfloat16 x [M, K] and w [N, K], in bfloat16 [M, N / 2], two rows or more; tiles as
+    in tiles_for_gated. The sums stay in float32 up to the end. Raises ValueError for what does not fit."""
+    (many, inner), columns = x.shape, w.shape[0]
+    tiles = tiles or tiles_for_gated(many, columns, inner)
+    if tiles is None or x.dtype != bf16 or w.dtype != bf16 or columns % tiles.rows or inner % tiles.depth or gate not in ACTIVATIONS:
+        raise ValueError(f"x {x.dtype} {x.shape}, w {w.dtype} {w.shape}, gate={gate!r}: must be bfloat16 of a shape that has tiles")
+    rows = max(8, min(MOST_ROWS, 1 << (many - 1).bit_length()))
+    site = Site("bfloat16", tiles, 0, rows, 0, interpret)
+    return pl.pallas_call(
+        functools.partial(_gated_kernel, site=site, by=gate),
+        grid=(columns // tiles.rows, pl.cdiv(many, rows)),
+        out_shape=jax.ShapeDtypeStruct((many, columns // 2), bf16),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="gated_matmul_gpu",
+    )(x, w)
+
+
+def tiles_for_gated(many: int, columns: int, inner: int) -> Tiles | None:
+    """What gated_matmul_gpu takes for so many rows where it is faster than a product and the gate after it. Tiles.rows: of both halves."""
+    found = TUNED_GATED.get((inner, columns), {})
+    at = next((most for most in (FEW_ROWS, 32, MOST_ROWS) if many <= most), 0)
+    return found.get(at) if many > 1 else None
 
 
 def arrange(x, kind, group):

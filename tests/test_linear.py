@@ -84,3 +84,12 @@ def test_tuned_products_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         found, read, then = linear.entered(left, before, C, GPU)
         np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(want, np.float32), rtol=0.02, atol=0.02)
         assert then is None and (before is None) == bool((read == found).all())
+
+
+def test_a_gate_in_the_product_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "tiles_for_gated", lambda *shape: Tiles(64, 64, 2, 1, 4))
+    monkeypatch.setattr("pallas_kernels.quantized_matmul_gpu.tiles_for_gated", lambda *shape: Tiles(64, 64, 2, 1, 4))
+    x, w = (jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i, shape in enumerate(((20, 256), (256, 256))))
+    found, want = (np.asarray(linear.linear(x, Turned(w), C, target, act=True), np.float32) for target in (GPU, PLAIN))
+    np.testing.assert_allclose(found, want, atol=0.01 * np.abs(want).max())
+    assert "gated_matmul_gpu" in str(jax.make_jaxpr(lambda x: linear.linear(x, Turned(w), C, GPU, act=True))(x))

@@ -233,6 +233,30 @@ def program(c: ModelConfig, mesh: str, kind: str) -> str:
     return engine.programs.lower(engine.declared.decode[-1] if kind == "decode" else engine.declared.logprobs).compile().as_text()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_device_runs_the_program_of_one(dtype: str) -> None:
+    """As on GPUs, with their kernels interpreted: the logits are those of one device, also where key-value heads are copied and products
+    have biases, which are to be added once; a layer has two sums."""
+    c = dataclasses.replace(SMALL["window"], qkv_bias=True, o_bias=True, mlp_bias=True, head_dim=64)
+    rng = np.random.default_rng(3)
+    drawn = {name: rng.standard_normal(spec.shape, np.float32) * np.float32(spec.std) for name, spec in leaves_of(param_specs(c))}
+    settings, found = EngineConfig(slots=2, context=64, chunk=16, page_size=8), []
+    for mesh in ("", "tp=4"):
+        there = make_meshes(parse_mesh(mesh), jax.devices())[0][0] if mesh else None
+        target = Target.of("cpu", layout="listed", mesh=there, dtype=dtype)
+        if mesh:
+            target = dataclasses.replace(target, kernels="triton-interpret", branches=False)
+        engine = Engine(c, settings, target)
+        engine.load(iter(drawn.items()))
+        found.append(engine.prompt_logits(PROMPTS[1]))
+        if mesh:
+            layer = collectives(engine.programs.lower(engine.declared.decode[0]).compile().as_text())
+            sums = [each for each in layer if {"attention", "mlp"} & set(each.scope)]
+            assert Counter(each.kind for each in sums) == {"all-reduce": 2 * c.num_layers}
+        engine.programs.close()
+    np.testing.assert_allclose(found[1], found[0], atol=(1e-5 if dtype == "float32" else 0.03) * np.ptp(found[0]), rtol=0)
+
+
 @pytest.mark.parametrize(("model", "mesh", "kind"), [("tiny", "tp=4", "logprobs"), ("tiny_moe", "ep=2,tp=4", "decode")])
 def test_a_layer_has_two_sums_and_logits_stay_where_they_are(model: str, mesh: str, kind: str) -> None:
     text = program(from_toml(model), mesh, kind)

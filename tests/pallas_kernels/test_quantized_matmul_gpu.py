@@ -208,3 +208,36 @@ def test_tokens_in_eight_bits_on_a_gpu(kind, rows: int, splits: int, monkeypatch
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Triton backend is deprecated")
         check_tokens(kind, rows, splits, False, monkeypatch)
+
+
+def check_gated(rows: int, gate: str, interpret: bool) -> None:
+    rng = np.random.default_rng(rows)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((rows, 256), (256, 256)))
+    found = module.gated_matmul_gpu(x, w / 16, gate, tiles=Tiles(64, 64, 2, 1, 4), interpret=interpret)
+    y = np.asarray(x, np.float64) @ np.asarray(w / 16, np.float64).T
+    act = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[gate]
+    want = np.asarray(act(jnp.asarray(y[:, :128], f32)), np.float64) * y[:, 128:]
+    assert np.linalg.norm(np.asarray(found, np.float64) - want) < 4e-3 * np.linalg.norm(want)
+
+
+GATED = [(2, "silu"), (33, "gelu_tanh"), (64, "silu"), (70, "silu")]
+
+
+@pytest.mark.parametrize(("rows", "gate"), GATED)
+def test_gated(rows: int, gate: str) -> None:
+    check_gated(rows, gate, interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "gate"), GATED)
+def test_gated_on_a_gpu(rows: int, gate: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Triton backend is deprecated")
+        check_gated(rows, gate, interpret=False)
+
+
+def test_gated_refuses() -> None:
+    x, w = jnp.ones((2, 256), jnp.bfloat16), jnp.ones((256, 256), jnp.bfloat16)
+    for args in ((x, w, "silu"), (x.astype(f32), w, "silu"), (x, w, "relu")):
+        with pytest.raises(ValueError, match="has tiles"):
+            module.gated_matmul_gpu(*args, tiles=None if args[2] == "silu" else Tiles(64, 64, 2, 1, 4))
