@@ -10,7 +10,7 @@ import math
 import secrets
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -117,7 +117,7 @@ class Engine:
 
     def _start(self, placed: Any) -> None:
         self._params = placed
-        self.weights_bytes = placement.tree_bytes(self._params)
+        self.weights_bytes = placement.tree_bytes(replace(placed, peers=None))
         self._cache = kv.allocate(self._shapes[1], poison=self.settings.debug)
         self._history = placement.zeros(self._shapes[2])
 
