@@ -2,7 +2,7 @@
 
 Asked of each program: it fits the memory of a chip; the cache is updated in place, and temporaries grow with twice the pages by under 1% of
 what the cache grows; no collective moves a weight; and a layer has at most two sums over devices (a sum is two halves: a reduce-scatter
-and an all-gather), one of experts no more beside the exchange of its tokens, but one for an expert that all tokens share.
+and an all-gather), one of experts no more beside the exchange of its tokens.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def compiled(model: str, kind: str, pages: int = PAGES) -> Found:
     return Found(
         *sizes,
         max(halves(layer), before),
-        6 if c.shared_intermediate_size else 4,
+        4,
         Counter(each.kind for each in layer),
         moved // (tokens * c.hidden_size),
     )

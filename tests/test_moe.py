@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from llminfer.errors import UserError
 from llminfer.moe import experts, route
 from llminfer.params import Layer, layer_specs, param_specs, stacked_specs
 from llminfer.quant import Stacked, dequantize, maker, quantize_int4, quantize_int8
-from llminfer.target import Target
+from llminfer.target import RULES, Target
 from llminfer.weights.hf_config import from_hf
 from llminfer.weights.hf_write import to_hf
 from sharding.collectives import collectives
@@ -154,11 +155,41 @@ def test_tokens_are_sent_to_their_experts(each: int, axes: dict[str, int]) -> No
         x = x * 0.1 + x[:1] if batch % 2 else x
         x[~live] = np.nan
         check(c, target, x, live, *weights(batch), stacked=batch == 3)
-    (router, gate_up, down), shared = map(jnp.asarray, weights()), np.ones((16, C.hidden_size), np.float32)
-    made, placed = (layer(router, put(gate_up), down) for put in (lambda w: w, Halves(target.ways("expert_mlp"))))
-    program = compiled(c, target).lower(x, live, placed, shared=shared).compile()
+    program = compiled(c, target).lower(x, live, layer(*weights())).compile()
     assert {each.kind for each in collectives(program.as_text())} >= {"all-to-all"}
-    np.testing.assert_allclose(program(x, live, placed, shared=shared), compiled(c, CPU)(x, live, made) + 1, atol=1e-5)
+
+
+@EIGHT
+@pytest.mark.parametrize("quantize", [None, quantize_int8])
+@pytest.mark.parametrize(
+    ("axes", "exchange", "split", "kinds"),
+    [
+        ({"ep": 4, "tp": 2}, "", ("ep", "tp"), {"all-reduce": 1}),
+        ({"ep": 4, "tp": 2}, "", ("tp",), {"all-reduce": 1}),
+        ({"ep": 4}, "", (), {"all-reduce": 1}),
+        ({"ep": 2, "sp": 2, "tp": 2}, "", ("sp", "tp"), {"all-reduce": 1}),
+        ({"ep": 4, "tp": 2}, "padded", ("tp",), {"all-to-all": 3, "all-reduce": 1, "all-gather": 1}),
+        ({"ep": 4, "tp": 2}, "padded", ("ep", "tp"), {"all-reduce": 1}),
+    ],
+    ids=str,
+)
+def test_what_all_tokens_share_joins_the_sum(axes: dict, exchange: str, split: tuple, kinds: dict, quantize: Any) -> None:
+    """Whatever splits its matrix, mlp, is what splits the experts, less, or more. Tokens are not sent where there is a sum anyway."""
+    ((mesh, _),) = make_meshes(axes, jax.devices())
+    c = dataclasses.replace(C, experts_per_token=1, shared_intermediate_size=64)
+    target = dataclasses.replace(CPU, mesh=mesh, exchange=exchange, rules=dataclasses.replace(RULES, mlp=split))
+    rng, (router, gate_up, down) = np.random.default_rng(8), weights(8)
+    x, hidden, matrix = (rng.standard_normal(shape, np.float32) for shape in ((16, 128), (16, 64), (64, 128)))
+    hidden = np.round(hidden * 8)
+    hidden[:, ::8] = 127  # so that rounding to int8, of each device's part, leaves it as it is
+    made = jnp.asarray(matrix) if quantize is None else quantize(jnp.asarray(matrix), ("mlp", "embed"))
+    put = Halves(target.ways("expert_mlp"))
+    w = dataclasses.replace(layer(router, put(jnp.asarray(gate_up)), jnp.asarray(down)), shared_down=made)
+    program = compiled(c, target).lower(x, np.ones(16, bool), w, hidden).compile()
+    assert Counter(each.kind for each in collectives(program.as_text())) == kinds
+    wanted = expected(x, np.ones(16, bool), router, gate_up, down, c)
+    wanted += hidden.astype(np.float64) @ (matrix if quantize is None else dequantize(made))
+    np.testing.assert_allclose(program(x, np.ones(16, bool), w, hidden), wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
 
 
 @pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
