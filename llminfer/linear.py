@@ -19,7 +19,7 @@ from pallas_kernels.add_norm_gpu import add_norm_gpu
 from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
 from pallas_kernels.quantized_matmul_gpu import eight_bit_sums, quantized_matmul_gpu, run, tiles_for_rows
 from pallas_kernels.round_gpu import ACTIVATIONS, round_gpu
-from pallas_kernels.weight_formats import LANES
+from pallas_kernels.weight_formats import LANES, packed
 
 FP8 = jnp.float8_e4m3fn
 Norm = tuple[jax.Array, jax.Array | None]  # weight and bias
@@ -210,9 +210,10 @@ def _turned_product(
 
 
 def _by_kernel(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:
-    """Sizes that are no multiples of a register's lanes, or groups that are none of the kernel's, are left to XLA."""
-    inner, out = x.shape[1], q.shape[2]
-    fits = inner % LANES == 0 and out % LANES == 0 and (scale.shape[1] == 1 or inner // scale.shape[1] in GROUPS)
+    """Groups that are none of the kernel's, and sizes that quant.whole_rows could not make whole, are left to XLA."""
+    inner = q.shape[1] * packed(q.dtype)
+    x = jnp.pad(x, ((0, 0), (0, inner - x.shape[1])))  # rows behind those of the matrix are zeros
+    fits = inner % LANES == 0 and q.shape[2] >= LANES and (scale.shape[1] == 1 or inner // scale.shape[1] in GROUPS)
     if not fits:
         return quantized_matmul_reference(x, q, scale, layer=layer, quantize_x=by_token)
     return quantized_matmul(x, q, scale, layer=layer, quantize_x=by_token, chip=target.chip, impl=target.kernels)

@@ -20,8 +20,7 @@ from llminfer.linear import linear, matmul, split_specs
 from llminfer.params import Layer
 from llminfer.quant import QTensor, stack_of
 from llminfer.target import Target
-from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.weight_formats import LANES
+from pallas_kernels.grouped_matmul import grouped_matmul, takes
 
 MOST_V5E = 16  # chips of a v5e slice whose compiler knows the ragged exchange
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu", "clamped": "clamped"}  # of ModelConfig -> of grouped_matmul
@@ -225,11 +224,11 @@ def _padded(target: Target, room: int, own: int) -> tuple[Any, Any]:
 
 
 def _product(x: jax.Array, w: Any, bias: Any, sizes: jax.Array, layer: jax.Array, activation: str | None, target: Target) -> jax.Array:
-    """grouped_matmul with a stack of experts' weights. Sizes that are no multiples of a register's lanes are left to the reference."""
+    """grouped_matmul with a stack of experts' weights. Sizes that its kernel does not take are left to the reference."""
     q, scale, turned = (w.q, w.scale, w.turned) if isinstance(w, QTensor) else (w, None, False)
     if scale is not None and scale.shape[2] == 1:
         scale = scale[:, :, 0]
     inner, out = x.shape[1], q.shape[2 if turned else 3] // (1 if activation is None else 2)
-    impl = target.kernels if target.turned else target.body if inner % LANES == 0 and out % LANES == 0 else "reference"
+    impl = target.kernels if target.turned else target.body if takes(inner, out, q.dtype, activation) else "reference"
     how: dict[str, Any] = dict(activation=activation, turned=turned, chip=target.chip, impl=impl)
     return grouped_matmul(x, q, sizes, layer=layer, scale=scale, bias=bias, **how)

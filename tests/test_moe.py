@@ -6,22 +6,25 @@ import dataclasses
 import functools
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llminfer import LLM, SamplingParams
-from llminfer.arrange import Halves
-from llminfer.config import ModelConfig, from_toml
+from llminfer import LLM, SamplingParams, moe, placement
+from llminfer.arrange import Halves, arrangement, on_mesh
+from llminfer.config import EngineConfig, ModelConfig, from_toml
 from llminfer.errors import UserError
 from llminfer.moe import experts, route
 from llminfer.params import Layer, layer_specs, param_specs, stacked_specs
-from llminfer.quant import Stacked, dequantize, maker, quantize_int4, quantize_int8
+from llminfer.quant import QTensor, Stacked, dequantize, maker, quantize_int4, quantize_int8
 from llminfer.target import RULES, Target
+from llminfer.weights.assemble import leaves_of
 from llminfer.weights.hf_config import from_hf
 from llminfer.weights.hf_write import to_hf
+from pallas_kernels.grouped_matmul import grouped_matmul
 from sharding.collectives import collectives
 from sharding.mesh import make_meshes
 
@@ -216,6 +219,36 @@ def test_a_gpu_has_its_4_bit_experts_turned(kind: str) -> None:
         wanted = expected(np.asarray(x, np.float32), np.ones(5, bool), router, *(dequantize(m) for m in made), c)
         y = compiled(c, target)(x, np.ones(5, bool), layer(router, *made))
         np.testing.assert_allclose(np.asarray(y, np.float32), wanted, atol=bound * np.abs(wanted).max(), rtol=0)
+
+
+@EIGHT
+@pytest.mark.parametrize(("kind", "axes"), [(None, {}), ("mxfp4", {}), ("mxfp4", {"tp": 2}), ("int8", {"ep": 2, "tp": 2})], ids=str)
+def test_experts_of_odd_widths_on_a_tpu(kind: str | None, axes: dict[str, int]) -> None:
+    """Placed with zeros that fill registers, their width cut by a mesh or not, they give what the reference makes of those of a checkpoint;
+    which they give back."""
+    hidden = 192 if kind == "mxfp4" else 160  # of 4 bits a kernel takes rows by 64
+    c = dataclasses.replace(C, hidden_size=hidden, moe_intermediate_size=160, num_layers=1, activation="clamped", expert_bias=True)
+    rng, specs = np.random.default_rng(11), param_specs(c)
+    found = {name: rng.standard_normal(spec.shape, np.float32) for name, spec in leaves_of(specs)}
+    mesh = make_meshes(axes, jax.devices())[0][0] if axes else None
+    settings, tpu = EngineConfig(quantize=kind), dataclasses.replace(CPU, kernels="interpret", chip="v6e", mesh=mesh)
+    tpu = placement.fitted(c, settings, tpu)
+    placed, plain = (placement.load_params(found.items(), c, settings, t).listed[0] for t in (tpu, CPU))
+    wide = on_mesh(c, tpu).moe_intermediate_size
+    assert wide == 256 and wide % (128 * tpu.ways("expert_mlp")) == 0 and on_mesh(c, CPU) == c
+    assert placed.experts_gate_up_bias.shape == (8, 2 * wide)
+    for name, spec in leaves_of(specs):
+        arrange = arrangement(name, spec, c, tpu)
+        if "experts_" in name and arrange is not None:
+            leaf = vars(placed)[name.rpartition(".")[2]]
+            np.testing.assert_array_equal(arrange.inverse(np.asarray(arrange(jnp.asarray(found[name])))), found[name])
+            if not isinstance(leaf, QTensor):
+                np.testing.assert_array_equal(arrange.inverse(np.asarray(leaf)), found[name])
+    x = rng.standard_normal((9, hidden), np.float32)
+    with mock.patch.object(moe, "grouped_matmul", side_effect=grouped_matmul) as called:
+        y, wanted = (compiled(config, t)(x, np.ones(9, bool), w) for config, t, w in ((on_mesh(c, tpu), tpu, placed), (c, CPU, plain)))
+    assert [each.kwargs["impl"] for each in called.call_args_list[:2]] == ["interpret"] * 2
+    np.testing.assert_allclose(y, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
 
 
 @TWO
