@@ -18,6 +18,8 @@ from llminfer.quant import QTensor, Stacked, Turned, dequantize, maker, quantize
 from llminfer.target import Target, chip_of
 from pallas_kernels.quantized_matmul import quantize_rows
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 CPU = Target.of("cpu")
 KERNEL = dataclasses.replace(CPU, kernels="interpret", chip="v5e")
 GPU = dataclasses.replace(Target.of("gpu", dtype="float32"), kernels="triton-interpret")
