@@ -21,7 +21,7 @@ from pallas_kernels.peers_gpu import ROWS
 from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, quantized_matmul_reference
 from pallas_kernels.quantized_matmul_gpu import eight_bit_sums, gated_matmul_gpu, quantized_matmul_gpu, run, tiles_for_gated, tiles_for_rows
 from pallas_kernels.round_gpu import ACTIVATIONS, round_gpu
-from pallas_kernels.weight_formats import LANES
+from pallas_kernels.weight_formats import LANES, packed
 
 FP8 = jnp.float8_e4m3fn
 Norm = tuple[jax.Array, jax.Array | None]  # weight and bias
@@ -43,6 +43,11 @@ class Rounded(NamedTuple):
 
     q: jax.Array
     amount: jax.Array
+
+
+def rows_times(x: Any, by: jax.Array) -> Any:
+    """x [T, n], an array or Rounded, each row times its number of float32 [T, 1]."""
+    return Rounded(x.q, x.amount * by) if isinstance(x, Rounded) else x * by.astype(x.dtype)
 
 
 def linear(
@@ -235,9 +240,10 @@ def _turned_product(
 
 
 def _by_kernel(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *, by_token: bool, target: Target) -> jax.Array:
-    """Sizes that are no multiples of a register's lanes, or groups that are none of the kernel's, are left to XLA."""
-    inner, out = x.shape[1], q.shape[2]
-    fits = inner % LANES == 0 and out % LANES == 0 and (scale.shape[1] == 1 or inner // scale.shape[1] in GROUPS)
+    """Groups that are none of the kernel's, and sizes that quant.whole_rows could not make whole, are left to XLA."""
+    inner = q.shape[1] * packed(q.dtype)
+    x = jnp.pad(x, ((0, 0), (0, inner - x.shape[1])))  # rows behind those of the matrix are zeros
+    fits = inner % LANES == 0 and q.shape[2] >= LANES and (scale.shape[1] == 1 or inner // scale.shape[1] in GROUPS)
     if not fits:
         return quantized_matmul_reference(x, q, scale, layer=layer, quantize_x=by_token)
     return quantized_matmul(x, q, scale, layer=layer, quantize_x=by_token, chip=target.chip, impl=target.kernels)
@@ -247,16 +253,30 @@ def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, target:
     """The product with w split over the mesh as its axes say, since a kernel is not split by XLA: columns give columns, and what rows
     give is added up. With by_token each part of a row has a scale of its own."""
     rows, columns = target.partition(w.axes)
-    many = w.scale.shape[1] > 1
+    spec, stored = jax.sharding.PartitionSpec, split_specs(w, w.axes, target)
 
     def body(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array) -> jax.Array:
         y = product(x, q, scale, layer)
         return y if rows is None else lax.psum(y, rows)
 
-    spec = jax.sharding.PartitionSpec
-    stored = (columns, rows) if w.turned else (rows, columns)
-    specs = (spec(None, rows), spec(None, *stored), spec(None, rows if many else None, columns), spec())
+    specs = (spec(None, rows), stored.q, stored.scale, spec())
     return target.split(body, specs, spec(None, columns))(x, w.q, w.scale, layer)
+
+
+def split_specs(w: Any, axes: tuple[str, ...], target: Target) -> Any:
+    """PartitionSpecs of a matrix [in, out] of these logical axes as it is held: an array, Turned, a QTensor, or one in its stack."""
+    spec = jax.sharding.PartitionSpec
+    if isinstance(w, Stacked):
+        return Stacked(split_specs(w.whole, axes, target), spec())
+    rows, columns = target.partition(axes)
+    whole = lambda leaf: (None,) * (leaf.ndim - 2)
+    if isinstance(w, Turned):
+        return Turned(spec(*whole(w.w), columns, rows))
+    if isinstance(w, QTensor):
+        stored = (columns, rows) if w.turned else (rows, columns)
+        groups = rows if w.scale.shape[-2] > 1 else None  # a scale of all rows is on every device that has some of them
+        return replace(w, q=spec(*whole(w.q), *stored), scale=spec(*whole(w.scale), groups, columns))
+    return spec(*whole(w), rows, columns)
 
 
 def _int8_on_cpu(x: jax.Array, w: QTensor) -> jax.Array:

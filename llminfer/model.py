@@ -16,7 +16,7 @@ from llminfer.by_device import on_each, runs_alone
 from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
 from llminfer.layers import norm, qk_norm, query_temperature, rope_tables, softcap, unit_norm
-from llminfer.linear import Norm, add, entered, head_product, linear
+from llminfer.linear import Norm, add, entered, head_product, linear, rows_times
 from llminfer.params import Layer, Params
 from llminfer.quant import QTensor, Stacked
 from llminfer.spread import by_devices, deal, shared_out, shares_rows
@@ -192,15 +192,13 @@ def _mlp(x: jax.Array, before: Norm | None, gate_up: Any, down: Any, w: Layer, c
 def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: ModelConfig, target: Target, told: Any):
     """What the experts of each token give, and those that all tokens share; and tokens of each slot [1, S]."""
     x = x if before is None else norm(x, before[0], before[1], c)
-    told = jax.tree.map(lambda x: x[0], told)
-    if w.shared_gate_up is None:
-        y, used = moe.experts(x, owned(batch), w, c, target, told)
-        return y, used[None]
-    shared = _mlp(x, None, w.shared_gate_up, w.shared_down, w, c, target)
+    told, shared = jax.tree.map(lambda x: x[0], told), None
+    if w.shared_gate_up is not None:
+        shared = linear(x, w.shared_gate_up, c, target, act=True, into=w.shared_down)
     if w.shared_router is not None:
         precision = jax.lax.Precision.HIGHEST
         gate = jnp.dot(x, w.shared_router, precision=precision, preferred_element_type=jnp.float32)
-        shared = shared * jax.nn.sigmoid(gate).astype(x.dtype)[:, None]
+        shared = rows_times(shared, jax.nn.sigmoid(gate)[:, None])
     y, used = moe.experts(x, owned(batch), w, c, target, told, shared)
     return y, used[None]
 

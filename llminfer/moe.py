@@ -7,6 +7,7 @@ tokens costs nothing. Shazeer et al., arXiv 1701.06538; sorted and grouped: Gale
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,11 +16,11 @@ from jax import lax
 
 from llminfer.balance import slots_of
 from llminfer.config import ModelConfig
+from llminfer.linear import linear, matmul, split_specs
 from llminfer.params import Layer
 from llminfer.quant import QTensor, stack_of
 from llminfer.target import Target
-from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.weight_formats import LANES
+from pallas_kernels.grouped_matmul import grouped_matmul, takes
 
 MOST_V5E = 16  # chips of a v5e slice whose compiler knows the ragged exchange
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu", "clamped": "clamped"}  # of ModelConfig -> of grouped_matmul
@@ -51,15 +52,16 @@ def _in_best_groups(scores: jax.Array, c: ModelConfig) -> jax.Array:
 
 
 def experts(
-    x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target, told: Any = None, shared: jax.Array | None = None
+    x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target, told: Any = None, shared: Any = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(the weighted sum of what its experts make of each token, [T, D] of x's dtype, zeros where live [T] is False, shared [T, D] added;
-    how many tokens came to each slot, int32 [S]). told: see balance.slots_of; None: slots are experts.
+    """(the weighted sum of what its experts make of each token, [T, D] of x's dtype, zeros where live [T] is False; how many tokens came
+    to each slot, int32 [S]). told: see balance.slots_of; None: slots are experts. shared: what `linear` made of all tokens for the second
+    matrix of the expert that they share, w.shared_down, whose product is added; None without one.
 
     Of a layer's weights, experts_gate_up [E, D, 2 * M] and experts_down [E, M, D] are an array, a QTensor, or either Stacked, as their
     biases may be. A mesh splits the experts, and the columns of each: a device works on all tokens of its own experts, and the sums are
-    added up; or, where `exchanges` says so, each device has a share of the tokens, sends them to where their experts are, and gets them
-    back."""
+    added up, those of the shared expert with them; or, where `exchanges` says so, each device has a share of the tokens, sends them to
+    where their experts are, and gets them back."""
     weights, chosen = route(x, w.router, w.router_bias, c)
     slots = c.num_experts + c.expert_copies
     chosen = jnp.where(live[:, None], chosen if told is None else slots_of(chosen, live, told), slots)
@@ -67,34 +69,52 @@ def experts(
     weights = jnp.where(live[:, None], weights, 0)  # what such a row holds may be no number
     stacks = [stack_of(leaf) for leaf in (w.experts_gate_up, w.experts_down, w.experts_gate_up_bias, w.experts_down_bias)]
     held, layer = [stack for stack, _ in stacks], stacks[0][1]
-    body = functools.partial(_own_experts, c=c, target=target)
     if target.mesh is None:
-        return _with(body(x, weights, chosen, held, layer, jnp.int32(0), used), shared), used
-    over, columns = target.over("experts"), target.over("expert_mlp")
+        y = _own_experts(x, weights, chosen, held, layer, jnp.int32(0), used, c=c, target=target)
+        return y if shared is None else y + linear(shared, w.shared_down, c, target), used
+    more = None if shared is None else (shared, w.shared_down)
+    return _on_mesh(x, weights, chosen, held, layer, used, more, c, target), used
+
+
+def _on_mesh(x, weights, chosen, held: list[Any], layer, used, more: Any, c: ModelConfig, target: Target) -> jax.Array:
+    """`experts` where a mesh splits them. more: `shared` and the matrix that it is multiplied with."""
+    over, columns, wide = target.over("experts"), target.over("expert_mlp"), target.over("mlp") if more else ()
     every = rows = target.partition(())
     exchange = exchanges(c, target) and x.shape[0] % target.ways("experts") == 0
     if exchange:
-        body, rows = functools.partial(_exchanged, c=c, target=target), jax.sharding.PartitionSpec(over)
+        rows = jax.sharding.PartitionSpec(over)
+    parts = columns if exchange else (*over, *columns)  # what a device's sums are parts of
+    body = functools.partial(_exchanged if exchange else _own_experts, c=c, target=target)
 
-    def shard(x: jax.Array, weights: jax.Array, chosen: jax.Array, held: list[Any], layer: jax.Array, used: jax.Array) -> jax.Array:
+    def shard(x, weights, chosen, held, layer, used, more) -> jax.Array:
         first = lax.axis_index(over) * jax.tree.leaves(held)[0].shape[1] if over else jnp.int32(0)
-        if held[3] is not None and columns:  # what is added to a sum over the columns of experts is added once
-            held = [*held[:3], jnp.where(lax.axis_index(columns) == 0, held[3], 0)]
-        return lax.psum(body(x, weights, chosen, held, layer, first, used), columns if exchange else (*over, *columns))
+        if held[3] is not None:  # what is added to a sum over the columns of experts is added once
+            held = [*held[:3], _once(held[3], columns)]
+        y = body(x, weights, chosen, held, layer, first, used)
+        if more is not None:  # one sum for both
+            hidden, matrix = more
+            hidden = lax.dynamic_slice_in_dim(hidden, lax.axis_index(over) * len(y), len(y)) if exchange else hidden
+            ours = matmul(hidden, matrix, replace(target, mesh=None))
+            y = _once(y, _without(wide, parts)) + _once(ours, _without(parts, wide))
+        return lax.psum(y, (*parts, *_without(wide, parts)))
 
-    specs: Any = (rows, rows, rows, _split(held, target), every, every)
+    how = None if more is None else (target.partition((None, "mlp")), split_specs(more[1], ("mlp", "embed"), target))
+    specs: Any = (rows, rows, rows, _split(held, target), every, every, how)
     split = target.split(shard, specs, rows)
     if not exchange:
-        return _with(split(x, weights, chosen, held, layer, used), shared), used
+        return split(x, weights, chosen, held, layer, used, more)
     # Else XLA cuts all that has to do with tokens into shares, and moves the pieces of a batch about at each step.
     x, weights, chosen = (target.pinned(each, every) for each in (x, weights, chosen))
-    y = split(x, weights, chosen, held, layer, used)
-    # A sum of which each device gets the rows that it has the rest of: half of what a sum for all moves.
-    return target.pinned(_with(y, None if shared is None else target.pinned(shared, rows)), every), used
+    return target.pinned(split(x, weights, chosen, held, layer, used, more), every)
 
 
-def _with(y: jax.Array, shared: jax.Array | None) -> jax.Array:
-    return y if shared is None else y + shared
+def _without(axes: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if axis not in others)
+
+
+def _once(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """x on the first device along these mesh axes, zeros on the others, which have the same: for a sum over them."""
+    return jnp.where(lax.axis_index(axes) == 0, x, 0) if axes else x
 
 
 def _split(held: list[Any], target: Target) -> list[Any]:
@@ -120,22 +140,27 @@ def _own_experts(x, weights, chosen, held: list[Any], layer, first, used, *, c: 
     number = jnp.where((number >= 0) & (number < own), number, own)
     sizes = lax.dynamic_slice(used, (first,), (own,))
     order = jnp.argsort(number, stable=True)  # rows of others come last, and belong to no group
+    place, order = jnp.argsort(order), order[: x.shape[0] * min(each, own)]  # no token has more experts than there are
     sorted_x = x[order // each]
     if c.scale_inputs:
         sorted_x, weights = sorted_x * weights.reshape(-1)[order][:, None].astype(x.dtype), jnp.ones_like(weights)
     y = _product(sorted_x, gate_up, gate_up_bias, sizes, layer, ACTIVATIONS[c.activation], target)
     y = _product(y, down, down_bias, sizes, layer, None, target)
-    back = y[jnp.argsort(order)].reshape(*chosen.shape, -1)
+    back = y[place] if len(place) == len(y) else jnp.where((number < own)[:, None], y[jnp.minimum(place, len(y) - 1)], 0)
+    back = back.reshape(*chosen.shape, -1)
     return jnp.einsum("tke,tk->te", back.astype(jnp.float32), weights, precision=lax.Precision.HIGHEST).astype(x.dtype)
 
 
 def exchanges(c: ModelConfig, target: Target) -> bool:
     """Whether tokens are sent to their experts, where they can be dealt out. All of them are on every device: a sum over n devices moves
-    each 2 * (n - 1) / n times, an exchange k / n times there and back, and once more to where it is wanted."""
+    each 2 * (n - 1) / n times, an exchange k / n times there and back, and once more to where it is wanted. Where what an expert that all
+    tokens share gives is summed over these devices, the others' sums join it for nothing."""
     if target.chip == "v5e" and target.mesh is not None and target.mesh.size > MOST_V5E:
         return False
     if target.exchange == "ragged" and len(target.over("experts")) > 1:
         return False  # XLA exchanges over one axis
+    if c.shared_intermediate_size and set(target.over("experts")) & set(target.over("mlp")):
+        return False
     return bool(target.exchange) and target.ways("experts") > 2 * c.experts_per_token > 0
 
 
@@ -199,11 +224,11 @@ def _padded(target: Target, room: int, own: int) -> tuple[Any, Any]:
 
 
 def _product(x: jax.Array, w: Any, bias: Any, sizes: jax.Array, layer: jax.Array, activation: str | None, target: Target) -> jax.Array:
-    """grouped_matmul with a stack of experts' weights. Sizes that are no multiples of a register's lanes are left to the reference."""
+    """grouped_matmul with a stack of experts' weights. Sizes that its kernel does not take are left to the reference."""
     q, scale, turned = (w.q, w.scale, w.turned) if isinstance(w, QTensor) else (w, None, False)
     if scale is not None and scale.shape[2] == 1:
         scale = scale[:, :, 0]
     inner, out = x.shape[1], q.shape[2 if turned else 3] // (1 if activation is None else 2)
-    impl = target.kernels if target.turned else target.body if inner % LANES == 0 and out % LANES == 0 else "reference"
+    impl = target.kernels if target.turned else target.body if takes(inner, out, q.dtype, activation) else "reference"
     how: dict[str, Any] = dict(activation=activation, turned=turned, chip=target.chip, impl=impl)
     return grouped_matmul(x, q, sizes, layer=layer, scale=scale, bias=bias, **how)

@@ -97,11 +97,7 @@ def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) ->
             # Its matrix products want tiles of 16 rows; from the default of 8 XLA copies all weights at the start of each program.
             by_tile = Layout(tuple(range(len(spec.shape))), tiling=((16, 128), (2, 1)))
             return jax.ShapeDtypeStruct(spec.shape, shape.dtype, sharding=Format(by_tile, where(spec.axes)))
-        if target.platform == "tpu" and multiplied and spec.shape[-1] // target.ways(spec.axes[-1]) % 128:
-            # Of columns that fill no tile XLA would rather make rows, and copies all of them back at the start of each program.
-            as_named = Layout(tuple(range(len(spec.shape))))
-            return jax.ShapeDtypeStruct(spec.shape, shape.dtype, sharding=Format(as_named, where(spec.axes)))
-        return shape
+        return jax.ShapeDtypeStruct(spec.shape, shape.dtype, sharding=_as_named(spec, target)) if spec.matrix or multiplied else shape
     made, turned = jax.eval_shape(make, shape), (*spec.axes[:-2], spec.axes[-1], spec.axes[-2])
     placed = lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place)
     if isinstance(made, Turned):
@@ -110,7 +106,15 @@ def _abstract(spec: params.ParamSpec, settings: EngineConfig, target: Target) ->
     by_group = where((*spec.axes[:-2], groups, spec.axes[-1]))
     if target.platform == "tpu":  # XLA would rather order the axes so that a tile is full, and copy them to the kernel's order at each step
         by_group = Format(Layout(tuple(range(made.scale.ndim))), by_group)
-    return replace(made, q=placed(made.q, where(turned if made.turned else spec.axes)), scale=placed(made.scale, by_group))
+    return replace(made, q=placed(made.q, where(turned) if made.turned else _as_named(spec, target)), scale=placed(made.scale, by_group))
+
+
+def _as_named(spec: params.ParamSpec, target: Target) -> Any:
+    """Where a matrix lies. Of columns that fill no tile XLA would rather make rows, and copy all of them back at the start of each
+    program."""
+    where = target.place(spec.axes)
+    partly = target.platform == "tpu" and spec.shape[-1] // target.ways(spec.axes[-1]) % 128
+    return Format(Layout(tuple(range(len(spec.shape)))), where) if partly else where
 
 
 def _maker(spec: params.ParamSpec, settings: EngineConfig, target: Target) -> Any:
@@ -226,7 +230,7 @@ def _sent(found: Iterable[tuple[str, Any]], spec_of: dict[str, Any], c: ModelCon
         if array.dtype.itemsize > dtype.itemsize:  # made narrower before, and wider after it travels
             array = array.astype(dtype)
         arrange, where = arrangement(name, spec_of[name], c, target), target.place(spec_of[name].axes)
-        if target.mesh is None:
+        if target.mesh is None and arrange is None:
             # On a CPU an array that is ours alone becomes the weight; a mapped file is copied, once and for all.
             x = jax.device_put(array, where, may_alias=array.flags.writeable)
         else:
@@ -238,19 +242,31 @@ def _sent(found: Iterable[tuple[str, Any]], spec_of: dict[str, Any], c: ModelCon
 
 def _by_parts(array: np.ndarray, arrange: Any, where: Any) -> jax.Array:
     """A host array on its devices, arranged; of what is arranged the host holds one device's part at a time."""
-    if arrange is None:
-        whole: Any = array.__getitem__
-        return jax.make_array_from_callback(array.shape, where, whole)
-    rows, columns = order_of(arrange, array.shape[-1])
-    shape = (len(columns),) if array.ndim == 1 else (array.shape[0] if rows is None else len(rows), *array.shape[1:-1], len(columns))
+    order = order_of(arrange, array.shape)
+    shape = tuple(size if places is None else len(places) for size, places in zip(array.shape, order, strict=True))
 
     def part(index: Any) -> np.ndarray:
-        own = columns[index[-1]]
-        x = array if array.ndim == 1 else array[(index[0] if rows is None else rows[index[0]], *index[1:-1])]
-        cuts = [0, *(np.flatnonzero(np.diff(own) != 1) + 1), len(own)]  # runs of neighbours: copied far faster than one by one
-        return np.concatenate([x[..., own[a] : own[b - 1] + 1] for a, b in itertools.pairwise(cuts)], axis=-1)
+        # Axes that stay as they are first: then no more is copied than what is wanted.
+        x = array[tuple(each if places is None else slice(None) for each, places in zip(index, order, strict=True))]
+        for axis, places in enumerate(order):
+            x = x if places is None else _taken(x, places[index[axis]], axis)
+        return x
 
     return jax.make_array_from_callback(shape, where, part)
+
+
+def _taken(x: np.ndarray, places: np.ndarray, axis: int) -> np.ndarray:
+    """These places of an axis of x, -1 for zeros: by runs of neighbours, which are copied far faster than one by one."""
+    step = np.where((places[1:] < 0) | (places[:-1] < 0), (places[1:] < 0) & (places[:-1] < 0), np.diff(places) == 1)
+    cuts = [0, *(np.flatnonzero(~step) + 1), len(places)]
+
+    def run(a: int, b: int) -> np.ndarray:
+        at = (slice(None),) * axis
+        if places[a] < 0:
+            return np.zeros((*x.shape[:axis], b - a, *x.shape[axis + 1 :]), x.dtype)
+        return x[(*at, slice(places[a], places[a] + b - a))]
+
+    return np.concatenate([run(a, b) for a, b in itertools.pairwise(cuts)], axis=axis)
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ import numpy as np
 from llminfer.errors import refuse
 from llminfer.target import Target
 from pallas_kernels.quantized_matmul_gpu import for_gpu
-from pallas_kernels.weight_formats import MXFP4_GROUP, mxfp4_values, quantize_mxfp4, turned_values, values
+from pallas_kernels.weight_formats import LANES, MXFP4_GROUP, mxfp4_values, quantize_mxfp4, turned_values, values
 
 GROUPS = (128, 64, 32)  # inputs that share a scale of int4, the first that divides
 
@@ -104,12 +104,21 @@ def dequantize(w: QTensor) -> np.ndarray:
 
 def maker(kind: str | None, axes: tuple[str, ...], ways: int, target: Target) -> Any:
     """The function that makes of a matrix [..., in, out] of these logical axes, of which a mesh cuts the rows in so many ways, what the
-    target multiplies with; None where that is the matrix itself. Of experts' matrices only those of 4 bits are turned."""
+    target multiplies with; None where that is the matrix itself. Of experts' matrices only those of 4 bits are turned. A TPU's have whole
+    registers of rows."""
     rounded = _quantizer(kind, axes, ways, target)
     if rounded is None:
         return (lambda w: Turned(jnp.swapaxes(w, -1, -2))) if target.turned and "experts" not in axes else None
+    if target.body != "reference" and "experts" not in axes:
+        return lambda w: rounded(whole_rows(w, ways))
     turned = _turn_experts if "experts" in axes else turn
     return (lambda w: turned(rounded(w), ways)) if target.turned else rounded
+
+
+def whole_rows(w: jax.Array, ways: int) -> jax.Array:
+    """w [..., in, out] with rows of zeros behind it, to a multiple of a TPU register's lanes; not where a mesh cuts `in` elsewhere."""
+    missing = -w.shape[-2] % LANES
+    return w if ways > 1 else jnp.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, missing), (0, 0)])
 
 
 def turn(w: QTensor, ways: int = 1) -> QTensor:

@@ -18,7 +18,9 @@ The TPU kernel. A grid step is one overlap of an expert with a block of rows, fo
 weight is read once however ragged the groups are, and x as often as there are blocks of columns. All of K is in one block, so no sum
 outlives a step. Inside a step, rows are multiplied in windows of a few sizes that start at multiples of 16: the matrix unit takes a
 small window in the time that it needs to load the weights, so the smallest size that holds what is left is the cheapest. Rows of other
-experts in a window keep what they had. The idea of work items over sorted groups: Gale et al., MegaBlocks (arXiv 2211.15841).
+experts in a window keep what they had. The idea of work items over sorted groups: Gale et al., MegaBlocks (arXiv 2211.15841). `takes`
+says for which sizes there is a kernel: K and, without an activation, N need not be multiples of a register's lanes; the last block of
+columns then lies partly outside of w, and of what is not there nothing is kept.
 
 `impl`: "reference" (plain jnp: the contract, and what a CPU runs), "pallas" (TPU), "interpret" (the kernel, interpreted on a CPU),
 "triton" (grouped_matmul_gpu.py, where it fits, else the reference) and "triton-interpret".
@@ -107,6 +109,11 @@ class Shape:
     @property
     def halves(self) -> int:
         return 1 if self.activation is None else 2
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last block of columns may be partly outside."""
+        return self.n % LANES > 0
 
 
 def grouped_matmul(
@@ -240,13 +247,21 @@ def check(x, w, group_sizes, scale=None, bias=None, activation=None, chip=None, 
     return Shape(rows, experts, k, columns, of(x), of(w), group, of(scale), of(bias), activation, chip, turned)
 
 
+def takes(inner: int, columns: int, weight: Any, activation: str | None = None) -> bool:
+    """Whether the TPU kernel takes K and output columns of these sizes, of weights that are stored in this type: whole tiles of rows, and
+    whole ones of columns where the halves of an activation lie side by side."""
+    rows = 64 if bits(weight) == 4 else 32
+    return inner % rows == 0 and inner >= LANES <= columns and (activation is None or columns % LANES == 0)
+
+
 def check_blocks(shape: Shape, blocks: Blocks) -> None:
     """What only the kernel asks for. Raises ValueError."""
-    if shape.k % LANES or shape.n % LANES:
-        raise ValueError(f"K={shape.k}, output columns {shape.n}: the kernel needs multiples of {LANES}")
-    if shape.group not in (0, 32, 64) and shape.group % LANES:
-        raise ValueError(f"scales for groups of {shape.group} rows: the kernel takes 32, 64 and multiples of {LANES}")
-    if blocks.block_n % LANES or shape.n % blocks.block_n:
+    if not takes(shape.k, shape.n, shape.weight, shape.activation):
+        rule = "K must be a multiple of 32, 64 for 4 bits; columns with an activation a multiple of 128; both 128 at least"
+        raise ValueError(f"K={shape.k}, output columns {shape.n}: {rule}")
+    if shape.group not in (0, 32, 64, shape.k) and shape.group % LANES:
+        raise ValueError(f"scales for groups of {shape.group} rows: the kernel takes 32, 64, multiples of {LANES}, and all {shape.k}")
+    if blocks.block_n % LANES or (shape.n % blocks.block_n and not shape.ragged):
         raise ValueError(f"block_n={blocks.block_n}: must be a multiple of {LANES} that divides the {shape.n} output columns")
     if blocks.window < ALIGN or blocks.window & (blocks.window - 1):
         raise ValueError(f"window={blocks.window}: must be a power of two, {ALIGN} at least")
@@ -261,7 +276,7 @@ def vmem_bytes(shape: Shape, blocks: Blocks) -> int:
     """VMEM that the kernel takes, with room for the sums of a window and for weights turned to x's type."""
     size, m, n = shape.dtype.itemsize, blocks.block_m, blocks.block_n
     columns = shape.halves * n
-    x = m * shape.k * size * (1 if m == shape.m else 2)
+    x = m * pl.cdiv(shape.k, LANES) * LANES * size * (1 if m == shape.m else 2)
     weights = 2 * columns * shape.k * bits(shape.weight) // 8
     small = 2 * columns * 4 * (ROWS + (0 if not shape.group else max(shape.k // shape.group, ROWS)))
     unpacked = 4 * 256 * columns * 4 if shape.group else 0
@@ -284,7 +299,11 @@ def default_blocks(shape: Shape) -> Blocks:
     window, have = 128 if shape.m <= 64 * shape.experts else 256, CHIPS[shape.chip].vmem
     most = max(have // 3 // (shape.k * shape.dtype.itemsize), 2 * ALIGN)
     block_m = shape.m if shape.m <= min(most, 1024) else min(1 << (most // 2).bit_length() - 1, 2048)
-    widths = [width for width in range(shape.n, LANES, -LANES) if shape.n % width == 0 and width % LANES == 0]
+    if shape.ragged:
+        full = pl.cdiv(shape.n, LANES)
+        widths = [pl.cdiv(full, count) * LANES for count in range(1, full)]
+    else:
+        widths = [width for width in range(shape.n, LANES, -LANES) if shape.n % width == 0 and width % LANES == 0]
     fits = (Blocks(block_m, width, window) for width in widths)
     return next((blocks for blocks in fits if vmem_bytes(shape, blocks) <= have), Blocks(block_m, LANES, window))
 
@@ -399,14 +418,16 @@ def grouped_matmul_tpu(shape: Shape, blocks: Blocks, x, w, group_sizes, layer, s
     scalars = work_items(shape, blocks.block_m, layer, group_sizes)
     padded = jnp.pad(reorder(shape.words, x), ((0, shape.m - x.shape[0]), (0, 0)))
     expert = lambda i, meta, item_group: jnp.minimum(item_group[i], meta[2])  # rows of nobody ask for no other weights
-    tiles = shape.n // blocks.block_n
+    tiles = pl.cdiv(shape.n, blocks.block_n)
     rows = min(ROWS, shape.experts)
+    # Nor are blocks read in which all rows are of nobody.
+    block = lambda i, bounds, item_block: jnp.minimum(item_block[i], jnp.maximum(bounds[shape.experts] - 1, 0) // blocks.block_m)
     in_specs = [
         pl.BlockSpec(memory_space=pltpu.VMEM)
         if blocks.block_m == shape.m
         else pl.BlockSpec(
             (blocks.block_m, shape.k),
-            lambda n, i, meta, bounds, item_group, item_block: (item_block[i], 0),
+            lambda n, i, meta, bounds, item_group, item_block: (block(i, bounds, item_block), 0),
         )
     ]
     operands = [padded]

@@ -115,9 +115,10 @@ def check(x, w, scale, minimum, quantize_x):
             f"x {x.shape}, w {w.dtype} {w.shape}: must be [M, K] and [L, K, N] (uint8: [L, K / 2, N]), K the same, M at least 1"
         )
     layers, inner, columns = w.shape[0], x.shape[1], w.shape[2]
-    for name, size in (("K", inner), ("N", columns)):
-        if size % LANES or not size:
-            raise ValueError(f"{name}={size} of w {w.shape}: must be a multiple of {LANES}")
+    if inner % LANES or not inner:
+        raise ValueError(f"K={inner} of w {w.shape}: must be a multiple of {LANES}")
+    if columns < LANES:
+        raise ValueError(f"N={columns} of w {w.shape}: must be {LANES} at least")
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x has dtype {x.dtype}: must be bfloat16 or float32")
     if w.dtype not in (jnp.int8, jnp.int4, jnp.float8_e4m3fn, jnp.uint8):
@@ -218,7 +219,7 @@ def default_blocks(rows: int, inner: int, columns: int, bits: int, tile: int, sl
         block_rows = -(-rows // pl.cdiv(rows, most) // 16) * 16
     few = min(1 << (22 if bits == 4 else 21), 1 << (CHIPS[chip].vmem // 8).bit_length() - 1)
     size, width = (few, 1024) if block_rows * slabs <= 128 else (1 << 19, 512)
-    unit = max(LANES, tile)
+    unit, columns = max(LANES, tile), pl.cdiv(columns, LANES) * LANES
     wide = lambda n: max(LANES, min(width, columns, size // n // LANES * LANES))
     legal = [n for n in (*range(unit, inner, unit), inner) if inner % n == 0]
     block_inner = max(legal, key=lambda n: (min(n * wide(n), size), wide(n)))
@@ -251,8 +252,8 @@ def check_blocks(plan: Plan, x, w, scale, minimum, chip: str) -> int:
     tile = plan.group * _tile_rows(scale)
     if tile and inner != total and inner % tile:
         raise ValueError(f"block inner={inner}: must be K={total} or a multiple of {tile}, {tile // plan.group} groups of {plan.group}")
-    if not 0 < columns <= total_columns or columns % LANES:
-        raise ValueError(f"block columns={columns}: must be a multiple of {LANES} up to N={total_columns}")
+    if not 0 < columns < total_columns + LANES or columns % LANES:
+        raise ValueError(f"block columns={columns}: must be a multiple of {LANES} up to N={total_columns}, or the first from there")
     need, have = vmem_bytes(plan, x, w, scale, minimum), CHIPS[chip].vmem
     if need > have:
         raise ValueError(f"blocks {tuple(plan.blocks)} need {need} bytes of VMEM, {chip} has {have} for them: lower rows, inner or columns")

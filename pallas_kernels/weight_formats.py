@@ -15,6 +15,7 @@ with a permutation matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -116,16 +117,17 @@ def values(w):
 
 
 def reorder(words: str, x):
-    """x [..., K], K a multiple of 128, in the order that `convert` leaves the rows of weights of type `words` in, and multiplied by what it
-    divides them by; "": as it is."""
+    """x [..., K], K a multiple of a tile's rows (64 for 4 bits, else 32), in the order that `convert` leaves the rows of weights of type
+    `words` in, and multiplied by what it divides them by; "": as it is."""
     if not words:
         return x
     tile = np.arange(64 if words in ("int4", MXFP4) else 32)
     order = tile.reshape(8, 4).T if words == "int8" else tile.reshape(8, 2, -1).transpose(2, 0, 1)
-    move = np.kron(np.eye(LANES // tile.size), np.eye(tile.size)[:, order.reshape(-1)])
+    width = math.gcd(x.shape[-1], LANES)
+    move = np.kron(np.eye(width // tile.size), np.eye(tile.size)[:, order.reshape(-1)])
     x = x * FACTORS[words] if words in FACTORS else x
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    moved = jnp.dot(x.reshape(-1, LANES), jnp.asarray(move, x.dtype), precision=precision, preferred_element_type=jnp.float32)
+    moved = jnp.dot(x.reshape(-1, width), jnp.asarray(move, x.dtype), precision=precision, preferred_element_type=jnp.float32)
     return moved.astype(x.dtype).reshape(x.shape)
 
 

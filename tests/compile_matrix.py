@@ -28,8 +28,8 @@ import compile_meshes
 from llminfer.bench.kernels import AOT, TOPOLOGIES
 
 # Layers: for Gemma two patterns and what is left over.
-MODELS = {"llama3_8b": 3, "gemma3_4b": 14, "qwen3_30b_a3b": 3}
-QUANTIZE = (None, "int8", "fp8", "int4", "mxfp4", "w8a8", "w8a8_fp8")
+MODELS = {"llama3_8b": 3, "gemma3_4b": 14, "qwen3_30b_a3b": 3, "gpt_oss_20b": 4, "gpt_oss_120b": 4}
+QUANTIZE = (None, "int8", "fp8", "int4", "mxfp4", "mxfp4_experts", "w8a8", "w8a8_fp8")
 KINDS = ("decode", "mixed")
 SLOTS, CONTEXT, PAGE, CHUNK = 16, 2048, 16, 256
 CHIPS = [*TOPOLOGIES, "h100"]
@@ -103,7 +103,7 @@ def compiled(chip: str, model: str, quantize: str | None, kind: str, pages: int 
 def row(chip: str, model: str, quantize: str | None, kind: str, once: bool) -> tuple[bool, str]:
     """(whether all is as asked for, a line of the table). once: not with twice the pages."""
     start = time.perf_counter()
-    name = f"{chip:6} {model:14} {quantize or 'bf16':5} {kind:7}"
+    name = f"{chip:6} {model:14} {quantize or 'bf16':13} {kind:7}"
     try:
         small = compiled(chip, model, quantize, kind)
         large = small if once else compiled(chip, model, quantize, kind, 2 * PAGES)
@@ -142,7 +142,7 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.meshes is not None:
         return on_meshes(asked.meshes or list(compile_meshes.MESHES), asked.kinds, asked.once)
-    print("chip   model          as    program  temp MB  with 2P layer MB cache MB growth% aliased  with 2P  seconds", flush=True)
+    print("chip   model          as            program  temp MB  with 2P layer MB cache MB growth% aliased  with 2P  seconds", flush=True)
     good = True
     for chip in asked.chips:
         for model in asked.models:

@@ -2,7 +2,7 @@
 
 Asked of each program: it fits the memory of a chip; the cache is updated in place, and temporaries grow with twice the pages by under 1% of
 what the cache grows; no collective moves a weight; and a layer has at most two sums over devices (a sum is two halves: a reduce-scatter
-and an all-gather), one of experts no more beside the exchange of its tokens, but one for an expert that all tokens share.
+and an all-gather), one of experts no more beside the exchange of its tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ MESHES = {
     "llama3_70b": ("v6e:2x4", "tp=8"),
     "mixtral_8x22b": ("v6e:4x4", "ep=8,tp=2"),
     "deepseek_v3": ("v5p:4x4x4", "ep=64"),
+    "gpt_oss_120b": ("v5p:2x2x2", "tp=8"),
     "llama3_405b": ("v5p:2x4x4", "tp=8,pp=4"),
     "llama3_405b/tp": ("v5p:2x4x4", "tp=32"),
 }
@@ -29,7 +30,7 @@ HALVES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 class Found(NamedTuple):
     """Bytes of one chip: weights, all that a step needs at once, what it has beside its arguments, the cache, and how much of its results
     lies where its arguments do. halves: of a layer (one under the scan, the most of the others; of a share of the tokens: that share), and
-    how many are allowed; kinds: its collectives; moved: the most numbers that one collective gives, in batches of hidden states."""
+    how many are allowed; kinds: the collectives of one pattern of them; moved: the most numbers that one collective gives, in batches of hidden states."""
 
     weights: int
     needed: int
@@ -98,8 +99,8 @@ def compiled(model: str, kind: str, pages: int = PAGES) -> Found:
     sizes = (held(programs.shapes[0]), needed, memory.temp_size_in_bytes, cache, memory.alias_size_in_bytes)
     return Found(
         *sizes,
-        max(halves(layer), before),
-        6 if c.shared_intermediate_size else 4,
+        max(halves(layer) / c.period, before),
+        4,
         Counter(each.kind for each in layer),
         moved // (tokens * c.hidden_size),
     )

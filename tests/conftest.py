@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
@@ -61,12 +62,35 @@ def _let_engines_go(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def compiled_fast() -> Iterator[None]:
-    """Programs that are not optimized compile in two thirds of the time, for tests that compare them with each other."""
+    """An engine's programs, not optimized, and fused the old way where XLA still has it, compile in 0.4 of the time: for tests that compare
+    them with each other or with numbers from elsewhere. Commands that a test starts inherit it. As served by default are those of
+    test_run.py, tests/smoke and half of test_parity_goldens.py."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    from llminfer.programs import Programs
+
+    usual = Programs.options.fget
+    assert usual is not None
+    with pytest.MonkeyPatch.context() as patch:
+        if _knows("xla_cpu_use_fusion_emitters"):
+            patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false")
+            patch.setattr(Programs, "options", property(lambda self: {**(usual(self) or {}), "xla_cpu_use_fusion_emitters": False}))
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def _knows(option: str) -> bool:
+    """Whether this XLA has a compile option."""
+    import jax
+
+    try:
+        jax.jit(lambda x: x).lower(0.0).compile({option: False})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 @pytest.fixture(autouse=True)

@@ -29,25 +29,30 @@ def gmm(
     activation: str = "",
     bits: int = 16,
     group: int = 0,
+    mxfp4: int = 0,
+    bias: int = 0,
     rows: str = "gathered",
     **sizes: int,
 ) -> dict[str, Any]:
-    """activation "silu" and others: N is twice the output's columns. bits 8 or 4: with scales of a column (group 0) or of a group.
-    rows: "gathered" from M / 8 tokens, as in a model: the compiler leaves them in VMEM, where it also puts an argument of JAX's megablox
-    before that kernel begins, so that the bytes of both kernels are weights and output; or "given", an argument in HBM, which the kernel
-    reads once. sizes: block_m, block_n and window, in place of the usual ones."""
+    """activation "silu" and others: N is twice the output's columns. bits 8 or 4: with scales of a column (group 0) or of a group;
+    mxfp4 1: in MXFP4. bias 1: one is added. rows: "gathered" from M / 8 tokens, as in a model: the compiler leaves them in VMEM, where it
+    also puts an argument of JAX's megablox before that kernel begins, so that the bytes of both kernels are weights and output; or "given",
+    an argument in HBM, which the kernel reads once. sizes: block_m, block_n and window, in place of the usual ones."""
     chip = chip_of(A((8,)).sharding.mesh.devices.flat[0])
     dtype = {16: jnp.bfloat16, 8: jnp.int8, 4: jnp.int4}[bits]
-    w, counts = A((1, E, K, N), dtype), A((E,), jnp.int32)
+    w, counts = A((1, E, K // 2, N), jnp.uint8) if mxfp4 else A((1, E, K, N), dtype), A((E,), jnp.int32)
     scale = None if bits == 16 else A((1, E, K // group, N) if group else (1, E, N), jnp.float32)
-    shape = check(A((M, K)), w, counts, scale, None, activation or None, chip)
+    scale = A((1, E, K // 32, N)) if mxfp4 else scale
+    more = {"scale": scale, "bias": A((1, E, N)) if bias else None}
+    more = {name: array for name, array in more.items() if array is not None}
+    shape = check(A((M, K)), w, counts, **more, activation=activation or None, chip=chip)
     blocks = Blocks(**sizes) if sizes else tuned_blocks(shape) or default_blocks(shape)
 
-    def fn(x, w, counts, layer, token, *scale):
-        how: dict[str, Any] = dict(layer=layer, scale=scale[0] if scale else None, activation=activation or None)
+    def fn(x, w, counts, layer, token, *rest):
+        how: dict[str, Any] = dict(layer=layer, **dict(zip(more, rest, strict=True)), activation=activation or None)
         return grouped_matmul(x if rows == "given" else x[token], w, counts, **how, chip=chip, blocks=blocks, impl="pallas")
 
     values = work_items(shape, blocks.block_m, 0, jnp.asarray(group_sizes(M, E, skew)))
     tokens = A((M if rows == "given" else M // 8, K))
-    args = [tokens, w, counts, A((), jnp.int32), A((M,), jnp.int32), *([] if scale is None else [scale])]
+    args = [tokens, w, counts, A((), jnp.int32), A((M,), jnp.int32), *more.values()]
     return dict(fn=fn, args=args, donate=(), operands={"grouped_matmul": dict(enumerate(map(np.asarray, values)))})

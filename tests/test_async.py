@@ -8,6 +8,8 @@ import pytest
 
 from llminfer import LLM, AsyncLLM, SamplingParams, UserError
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 @pytest.fixture(scope="module")
 def llm(tiny_directory) -> LLM:

@@ -20,6 +20,8 @@ from llminfer.bench.throughput import MEAN_OUTPUT, MEAN_PROMPT, Arrival, Served,
 from llminfer.config import from_toml
 from llminfer.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 def test_a_trace_depends_on_its_seed_alone_and_has_the_lengths_of_sharegpt() -> None:
     one, again, other = (trace(4000, 10.0, seed, 512, 4096) for seed in (1, 1, 2))

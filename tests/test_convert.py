@@ -24,6 +24,8 @@ from llminfer.weights.hf_config import from_hf
 from llminfer.weights.hf_names import stored_tensors
 from llminfer.weights.hf_write import to_hf
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 TEXTS = ["Hello 1234", " a b  é!!\n\n", "<|turn|>a word<|end|>", "😀 \t", ""]
 
 

@@ -14,7 +14,7 @@ from llminfer.cache import KVCache, ScaledPages
 from llminfer.disaggregated import Disaggregated, _lift, _put
 from llminfer.request import FinishReason
 
-pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+pytestmark = [pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices"), pytest.mark.usefixtures("compiled_fast")]
 PROMPTS = [[(7 * i + i * j + j) % 500 + 3 for i in range(length)] for j, length in enumerate((41, 33, 5))]
 GREEDY = SamplingParams(max_tokens=10, ignore_eos=True, logprobs=2)
 DRAWN = SamplingParams(max_tokens=10, ignore_eos=True, temperature=1.0, top_k=40, repetition_penalty=1.2, logit_bias={7: 1.0}, seed=5)

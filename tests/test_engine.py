@@ -18,6 +18,8 @@ from llminfer.config import EngineConfig, from_toml
 from llminfer.engine import Engine
 from llminfer.target import Target
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=12, ignore_eos=True, temperature=1.0, top_k=40, top_p=0.9, min_p=0.01, seed=-5)
 

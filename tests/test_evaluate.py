@@ -18,6 +18,8 @@ from llminfer.compress.evaluate import library_text, windows
 from llminfer.errors import UserError
 from llminfer.request import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 SMALL = ["--set", "chunk=32"]
 
 

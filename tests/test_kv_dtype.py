@@ -8,6 +8,8 @@ import pytest
 from llminfer import LLM, SamplingParams
 from llminfer.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 PROMPTS = [[(7 * i + j) % 500 + 3 for i in range(20 + 31 * j)] for j in range(3)]
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 SETTINGS = dict(slots=4, context=256, chunk=32, debug=True)  # debug: what nobody owns is NaN

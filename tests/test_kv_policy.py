@@ -15,6 +15,8 @@ from llminfer.model import logits
 from llminfer.target import Target
 from pallas_kernels.rope import rotate
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 POLICY = "sinks:3,window:20"
 
 

@@ -21,6 +21,8 @@ from llminfer.weights.hf_config import from_hf
 from llminfer.weights.hf_write import to_hf
 from pallas_kernels.paged_attention import paged_attention
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 HEADS, DIM, VALUE, PAGE = 40, 24, 16, 8
 Q_LEN, KV_LEN = [1, 0, 13, 1, 5], [30, 0, 13, 1, 22]  # decode, nobody, a prompt, a first token, a later chunk
 

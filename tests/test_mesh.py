@@ -39,7 +39,7 @@ PARAMS = [GREEDY, DRAWN, dataclasses.replace(GREEDY, min_tokens=3, presence_pena
 # Two layers compile twice as fast as four.
 SMALL = {
     "window": dataclasses.replace(from_toml("tiny_window"), num_layers=2, windows=(24, 0)),
-    "moe": dataclasses.replace(from_toml("tiny_moe"), num_layers=2),
+    "moe": dataclasses.replace(from_toml("tiny_moe"), num_layers=2, shared_intermediate_size=64, shared_gate=True),
 }
 # Each pair of sizes of two axes up to 8 devices but dp=8, those of tokens' test included; tp of 4 and 8 on 2 key-value heads.
 # tests/mesh_matrix.py runs all. Quantized matrices on a mesh: test_quant.py.
@@ -259,7 +259,9 @@ def test_each_device_runs_the_program_of_one(dtype: str) -> None:
 
 @pytest.mark.parametrize(("model", "mesh", "kind"), [("tiny", "tp=4", "logprobs"), ("tiny_moe", "ep=2,tp=4", "decode")])
 def test_a_layer_has_two_sums_and_logits_stay_where_they_are(model: str, mesh: str, kind: str) -> None:
-    text = program(from_toml(model), mesh, kind)
+    """One of the mlp, or of the experts with the one that all tokens share."""
+    c = from_toml(model)
+    text = program(dataclasses.replace(c, shared_intermediate_size=64, shared_gate=True) if c.num_experts else c, mesh, kind)
     layer = [each for scope in ("attention", "mlp") for each in collectives(text, scope)]
     assert Counter(each.kind for each in layer) == {"all-reduce": 2}  # under the scan: of one layer
     # Nothing as large as a device's part of the logits goes anywhere.

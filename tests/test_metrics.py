@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from llminfer import LLM, SamplingParams
 from llminfer.metrics import BUCKETS, METRICS, Histogram
+
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 
 
 def test_a_histogram_counts_what_is_at_most_each_bound() -> None:

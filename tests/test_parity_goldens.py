@@ -26,6 +26,18 @@ def write_checkpoint(folder: Path, file: str, variant: str) -> tuple[np.ndarray,
         return data[f"{variant}/ids"], data[f"{variant}/logits"]
 
 
+@pytest.mark.demo
+def test_demo_model_gives_the_greedy_tokens_of_transformers() -> None:
+    with np.load(GOLDENS / "smollm2.npz") as data:
+        golden = {str(name): {key: data[f"{name}/{key}"] for key in ("ids", "tokens", "gaps")} for name in data["names"]}
+    llm = LLM("demo", dtype="float32", context=2048)
+    params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    outs = llm.generate([g["ids"].tolist() for g in golden.values()], params)
+    for (name, g), out in zip(golden.items(), outs, strict=True):
+        differs = np.flatnonzero(np.array(out.token_ids) != g["tokens"]) if len(out.token_ids) == 64 else [len(out.token_ids)]
+        assert not len(differs), f"{name}: step {differs[0]} differs; gap of the golden's logits there {g['gaps'][min(differs[0], 63)]:.4f}"
+
+
 @pytest.mark.parametrize(("page_size", "chunk"), SHAPES)
 @pytest.mark.parametrize(("file", "variant"), VARIANTS)
 def test_tiny_model_gives_the_logits_of_transformers(file: str, variant: str, page_size: int, chunk: int, tmp_path: Path) -> None:
@@ -33,6 +45,7 @@ def test_tiny_model_gives_the_logits_of_transformers(file: str, variant: str, pa
     assert_same_logits(tmp_path, ids, expected, page_size=page_size, chunk=chunk)
 
 
+@pytest.mark.usefixtures("compiled_fast")  # and all that come after
 @pytest.mark.parametrize("chunk", [16, 32])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_gives_the_logits_of_transformers(name: str, chunk: int, tmp_path: Path) -> None:
@@ -50,15 +63,3 @@ def assert_same_logits(folder: Path, ids: np.ndarray, expected: np.ndarray, page
     assert logits.dtype == np.float32 and logits.shape == expected.shape
     error = np.abs(logits - expected).max(1) / np.ptp(expected)
     assert error.max() <= 1e-4, f"first bad position {int(np.argmax(error > 1e-4))}, errors {error}"
-
-
-@pytest.mark.demo
-def test_demo_model_gives_the_greedy_tokens_of_transformers() -> None:
-    with np.load(GOLDENS / "smollm2.npz") as data:
-        golden = {str(name): {key: data[f"{name}/{key}"] for key in ("ids", "tokens", "gaps")} for name in data["names"]}
-    llm = LLM("demo", dtype="float32", context=2048)
-    params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
-    outs = llm.generate([g["ids"].tolist() for g in golden.values()], params)
-    for (name, g), out in zip(golden.items(), outs, strict=True):
-        differs = np.flatnonzero(np.array(out.token_ids) != g["tokens"]) if len(out.token_ids) == 64 else [len(out.token_ids)]
-        assert not len(differs), f"{name}: step {differs[0]} differs; gap of the golden's logits there {g['gaps'][min(differs[0], 63)]:.4f}"

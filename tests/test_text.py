@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from llminfer import LLM, SamplingParams
 from llminfer.text import TextStream
+
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 
 
 class Spelled:

@@ -125,6 +125,12 @@ PROGRAMS = {
     ),
     "mxfp4_float32": Program(Blocks(64, 128, 64), rows=64, k=128, weight=jnp.uint8, group=32, chip="v6e"),
     "int4": Program(Blocks(64, 128, 64), rows=64, k=384, weight=jnp.int4, dtype=jnp.bfloat16, n=256, activation="gelu"),
+    # Widths that fill no register's lanes: the end of K is in a register's part, the last block of columns partly outside.
+    "odd": Program(Blocks(48, 128, 32), rows=80, k=160, n=160, bias=True),
+    "odd_clamped": Program(Blocks(64, 128, 32), rows=64, k=160, n=512, bias=True, dtype=jnp.bfloat16, activation="clamped"),
+    "odd_int8": Program(Blocks(64, 256, 32), rows=64, k=288, n=416, weight=jnp.int8, dtype=jnp.bfloat16, chip="v6e"),
+    "odd_int4": Program(Blocks(64, 128, 32), rows=64, k=192, n=160, weight=jnp.int4, group=64, dtype=jnp.bfloat16),
+    "odd_mxfp4": Program(Blocks(64, 128, 32), rows=64, k=192, n=160, weight=jnp.uint8, group=32, bias=True, dtype=jnp.bfloat16, chip="v6e"),
     "int4_many": Program(Blocks(96, 128, 32), rows=96, k=384, weight=jnp.int4, group=128, dtype=jnp.bfloat16, experts=1, chip="v6e"),
 }
 UNEVEN, ONE = (0, 17, 1, 0, 30), (0, 0, 99, 0, 0)
@@ -147,6 +153,9 @@ CASES = [
     ("int4", (64, 0, 0, 0, 0)),
     ("int4", (2, 19, 5, 1, 0)),
     ("int4_many", (95,)),
+    ("odd", (3, 0, 30, 1, 9)),
+    ("odd", (0, 0, 60, 0, 20)),
+    *((f"odd_{kind}", (20, 0, 9, 16, 2)) for kind in ("clamped", "int8", "int4", "mxfp4")),
 ]
 
 
@@ -195,7 +204,8 @@ def test_items_read_each_used_weight_once(seed):
 
 
 def test_default_blocks_fit():
-    for m, experts, k, n, activation in ((1024, 64, 2048, 1536, None), (512, 128, 2048, 1536, "silu"), (65536, 8, 4096, 28672, "silu")):
+    sizes = ((1024, 64, 2048, 1536, None), (512, 128, 2048, 1536, "silu"), (65536, 8, 4096, 28672, "silu"))
+    for m, experts, k, n, activation in (*sizes, (256, 32, 3072, 2880, None), (256, 32, 2880, 6144, "clamped")):
         x, w = (jax.ShapeDtypeStruct(dims, jnp.bfloat16) for dims in ((m, k), (1, experts, k, n)))
         for chip in CHIPS:
             shape = check(x, w, jnp.zeros(experts, jnp.int32), None, None, activation, chip)
@@ -251,6 +261,8 @@ def tuned_shape(rows, experts, inner, columns, halves, chip):
         (dict(chip="v3"), "must be one of v4, v5e"),
         (dict(impl="cuda"), "legal: reference, pallas, interpret"),
         (dict(x=(16, 96), w=(1, 3, 96, 256)), "K=96"),
+        (dict(x=(16, 144), w=(1, 3, 144, 256)), "K=144, output columns 256: K must be a multiple of 32"),
+        (dict(w=(1, 3, 128, 320), activation="silu"), "columns 160"),
         (dict(blocks=Blocks(16, 192, 16)), "block_n=192"),
         (dict(blocks=Blocks(16, 128, 24)), "window=24"),
         (dict(blocks=Blocks(32, 128, 16)), "block_m=32"),

@@ -65,6 +65,8 @@ CASES = [
     Case(i8, "v6e", quantize_x=True, rows=33, inner=512, layers=9, blocks=(16, 256, 256)),
     Case(i8, "v5e", quantize_x=True, x=f32, single=True),
     Case(i8, "v4", quantize_x=True, x=f32, words=True),
+    Case(i8, "v6e", columns=160),  # the last block of columns lies partly outside
+    Case(mx, "v5e", group=32, words=True, scales=bf16, columns=672, blocks=(5, 256, 512)),
 ]
 
 
@@ -147,7 +149,7 @@ LEGAL = Case(i4, "v5e", group=32, inner=1024, rows=40)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(columns=200), "N=200"),
+        (dict(columns=100), "N=100"),
         (dict(inner=192), "K=192"),
         (dict(x=jnp.float16), "x has dtype float16"),
         (dict(weights=jnp.int16), "w has dtype int16"),

@@ -18,6 +18,8 @@ from llminfer.quant import dequantize, quantize_to_mxfp4
 from llminfer.weights import open_model
 from llminfer.weights.hf_quant import MAGNITUDES, mxfp4
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 CODES = np.array([*MAGNITUDES, *(-x for x in MAGNITUDES)], np.float32)
 
 
