@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from llminfer.config import ModelConfig
-from llminfer.params import Params, is_spec, layer_specs
-from llminfer.quant import QTensor, Turned
+from llminfer.linear import split_specs
+from llminfer.params import Params, ParamSpec, is_spec, layer_specs
 from llminfer.target import Target
 from pallas_kernels.peers_gpu import WAYS, WIDTHS, reachable
 
@@ -38,11 +38,11 @@ def on_each(body: Any, c: ModelConfig, target: Target) -> Any:
     alone = replace(target, mesh=None, sums=target.over("heads"))
     whole = jax.sharding.PartitionSpec()
 
+    def lies(spec: ParamSpec, leaf: Any) -> Any:
+        return split_specs(leaf, spec.axes, target) if spec.matrix else target.partition(spec.axes)
+
     def run(params: Params, x: Any, groups: Any, batch: Any) -> Any:
-        listed = tuple(
-            jax.tree.map(lambda spec, leaf: _spec(leaf, spec.axes, target), layer_specs(c, number), layer, is_leaf=is_spec)
-            for number, layer in enumerate(params.listed)
-        )
+        listed = tuple(jax.tree.map(lies, layer_specs(c, n), layer, is_leaf=is_spec) for n, layer in enumerate(params.listed))
         peers = jax.tree.map(lambda _: jax.sharding.PartitionSpec(target.mesh.axis_names), params.peers)
         each = replace(jax.tree.map(lambda _: whole, params), listed=listed, peers=peers)
         cache = jax.tree.map(lambda a: target.partition((None, None, "kv_heads", None, None)[: a.ndim]), groups)
@@ -55,14 +55,3 @@ def on_each(body: Any, c: ModelConfig, target: Target) -> Any:
         return target.split(inner, specs, (whole, cache))(params, x, groups, batch)
 
     return run
-
-
-def _spec(leaf: Any, axes: tuple[str, ...], target: Target) -> Any:
-    """How placement.py lays out one weight with these logical axes."""
-    if not isinstance(leaf, Turned | QTensor):
-        return target.partition(axes)
-    inner, outer = axes  # of a matrix
-    if isinstance(leaf, Turned):
-        return Turned(target.partition((outer, inner)))
-    scale = target.partition((inner if leaf.scale.shape[-2] > 1 else None, outer))
-    return replace(leaf, q=target.partition((outer, inner) if leaf.turned else axes), scale=scale)
