@@ -30,7 +30,8 @@ HALVES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 class Found(NamedTuple):
     """Bytes of one chip: weights, all that a step needs at once, what it has beside its arguments, the cache, and how much of its results
     lies where its arguments do. halves: of a layer (one under the scan, the most of the others; of a share of the tokens: that share), and
-    how many are allowed; kinds: the collectives of one pattern of them; moved: the most numbers that one collective gives, in batches of hidden states."""
+    how many are allowed; kinds: the collectives of one pattern of layers; moved: the most numbers that one collective gives, in batches of
+    hidden states."""
 
     weights: int
     needed: int
