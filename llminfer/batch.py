@@ -24,6 +24,7 @@ class Batch:
     positions [T]. reach [T]: length of the sequence as far as it is known: its prompt's, or the context's where that is longer.
     q_start, q_len, kv_len [R] and tables (one [R, pages a sequence] a page group): as paged_attention.
     slots [R]: the slot of each sequence. draws [R]: 1 where a token is to be drawn after the sequence's last row.
+    ring: in a program, over how many devices rows are in zigzag order, which are then those of one sequence from its first on; 1: as said.
     """
 
     tokens: Any
@@ -36,6 +37,7 @@ class Batch:
     draws: Any
     tables: tuple[Any, ...]
     sampling: SamplingBatch
+    ring: int = flax.struct.field(pytree_node=False, default=1)
 
 
 @flax.struct.dataclass

@@ -20,6 +20,7 @@ from llminfer.quant import QTensor, stack_of
 from llminfer.target import Target
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.weight_formats import LANES
+from sharding.sequence import sum_rows
 
 MOST_V5E = 16  # chips of a v5e slice whose compiler knows the ragged exchange
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu", "clamped": "clamped"}  # of ModelConfig -> of grouped_matmul
@@ -51,7 +52,7 @@ def _in_best_groups(scores: jax.Array, c: ModelConfig) -> jax.Array:
 
 
 def experts(
-    x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target, told: Any = None, shared: jax.Array | None = None
+    x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target, told: Any = None, shared: Any = None, stream: Any = ()
 ) -> tuple[jax.Array, jax.Array]:
     """(the weighted sum of what its experts make of each token, [T, D] of x's dtype, zeros where live [T] is False, shared [T, D] added;
     how many tokens came to each slot, int32 [S]). told: see balance.slots_of; None: slots are experts.
@@ -59,7 +60,7 @@ def experts(
     Of a layer's weights, experts_gate_up [E, D, 2 * M] and experts_down [E, M, D] are an array, a QTensor, or either Stacked, as their
     biases may be. A mesh splits the experts, and the columns of each: a device works on all tokens of its own experts, and the sums are
     added up; or, where `exchanges` says so, each device has a share of the tokens, sends them to where their experts are, and gets them
-    back."""
+    back. stream: the mesh axes over which rows of x, of shared and of what is given are shared out (spread.py); (): all are everywhere."""
     weights, chosen = route(x, w.router, w.router_bias, c)
     slots = c.num_experts + c.expert_copies
     chosen = jnp.where(live[:, None], chosen if told is None else slots_of(chosen, live, told), slots)
@@ -75,20 +76,25 @@ def experts(
     exchange = exchanges(c, target) and x.shape[0] % target.ways("experts") == 0
     if exchange:
         body, rows = functools.partial(_exchanged, c=c, target=target), jax.sharding.PartitionSpec(over)
+    summed = columns if exchange else (*over, *columns)
+    behind = stream[len(over) :] if exchange and stream[: len(over)] == over else () if exchange else stream
+    found = jax.sharding.PartitionSpec((*over, *behind) if exchange else behind or None)
 
     def shard(x: jax.Array, weights: jax.Array, chosen: jax.Array, held: list[Any], layer: jax.Array, used: jax.Array) -> jax.Array:
         first = lax.axis_index(over) * jax.tree.leaves(held)[0].shape[1] if over else jnp.int32(0)
         if held[3] is not None and columns:  # what is added to a sum over the columns of experts is added once
             held = [*held[:3], jnp.where(lax.axis_index(columns) == 0, held[3], 0)]
-        return lax.psum(body(x, weights, chosen, held, layer, first, used), columns if exchange else (*over, *columns))
+        return sum_rows(body(x, weights, chosen, held, layer, first, used), summed, behind)
 
     specs: Any = (rows, rows, rows, _split(held, target), every, every)
-    split = target.split(shard, specs, rows)
-    if not exchange:
+    split = target.split(shard, specs, found)
+    if not exchange and not stream:
         return _with(split(x, weights, chosen, held, layer, used), shared), used
     # Else XLA cuts all that has to do with tokens into shares, and moves the pieces of a batch about at each step.
     x, weights, chosen = (target.pinned(each, every) for each in (x, weights, chosen))
     y = split(x, weights, chosen, held, layer, used)
+    if stream:
+        return _with(target.pinned(y, jax.sharding.PartitionSpec(stream)), shared), used
     # A sum of which each device gets the rows that it has the rest of: half of what a sum for all moves.
     return target.pinned(_with(y, None if shared is None else target.pinned(shared, rows)), every), used
 

@@ -22,6 +22,7 @@ from llminfer.config import ModelConfig
 from llminfer.params import Params
 from llminfer.scheduler import Plan
 from llminfer.spread import deal as deal_pages
+from llminfer.spread import shared_out, shares_of
 from llminfer.target import Target
 from sharding import pipeline
 from sharding.pipeline import Schedule
@@ -110,7 +111,10 @@ def stage(weights: Any, state: Any, x: jax.Array, batch: Batch, c: ModelConfig, 
     batch = replace(batch, tables=deal_pages(batch, KVCache(groups), c, inside))
     how: dict[str, Any] = dict(batch=batch, ropes=model.ropes_of(batch, c), c=c, target=inside, q_max=q_max)
     layer = functools.partial(model.run_layer, **how)
+    stream = shares_of(x.shape[0], q_max, inside).stream
+    x = shared_out(x, stream, inside) if stream else x
     x, groups, used = model.run_stacked(stacked, x, list(groups), layer, c, routing, [], alone=True)
+    x = shared_out(x, (), inside) if stream else x
     return x, (tuple(groups), counts + used[0] if used else counts)
 
 
@@ -128,6 +132,7 @@ def listed(params: Params, x, cache: KVCache, used: list[Any], batch: Batch, c: 
         place = (jnp.int32(0), of_layers(cache.routing, sum(map(len, used)), 1))
         x, caches[at], counted = model.run_layer(params.listed[at], x, caches[at], place, kind=kind, **how)
         used = used if counted is None else [*used, counted]
+    x = shared_out(x, (), target) if shares_of(x.shape[0], q_max, target).stream else x
     return x, replace(cache, around=tuple(caches)), used
 
 
