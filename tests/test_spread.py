@@ -1,112 +1,129 @@
-"""How a step's rows are shared out on a mesh, and prompts around a ring: the logits and tokens of one device, and what devices exchange."""
+"""How a step's rows are shared out on a mesh, and prompts around a ring: what one device finds, and what devices exchange."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from test_mesh import GREEDY, PARAMS, PROMPTS, SMALL, compare, model_of, program, scores
+from test_mesh import PROMPTS, model_of, program
 
-from llminfer import LLM
-from llminfer.config import from_toml
+from llminfer import LLM, SamplingParams, stages
+from llminfer.config import EngineConfig, from_toml
+from llminfer.engine import Engine
 from llminfer.spread import Shares, ring_rows, shares_of
 from llminfer.target import Target
 from sharding.collectives import collectives
 from sharding.mesh import make_meshes, parse_mesh
 
 pytestmark = [pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices"), pytest.mark.usefixtures("compiled_fast")]
+# A token of each prompt: one program compiles for that. What was cached is read by the next chunk, and behind a prefix.
+FIRST = SamplingParams(max_tokens=1, ignore_eos=True, logprobs=20)
+MOE = from_toml("tiny_moe")
+MODELS = {
+    "all": dataclasses.replace(MOE, num_layers=2, windows=(24, 0), moe_layers=(True, False), sink_logits=True, post_norm=True),
+    "moe": dataclasses.replace(MOE, num_layers=2),
+}
 
 
 @pytest.fixture
 def shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are shared out over the devices of heads on a CPU, too."""
+    """Rows are shared out over the devices of heads on a CPU, too; also those of a piece in a stage."""
     of = Target.of
     monkeypatch.setattr(Target, "of", lambda *args, **how: dataclasses.replace(of(*args, **how), shares=8))
+    monkeypatch.setitem(stages.LEAST_ROWS, "cpu", 16)
 
 
 def target_of(mesh: str, **fields: Any) -> Target:
     ((there, _),) = make_meshes(parse_mesh(mesh), jax.devices())
-    return dataclasses.replace(Target.of("cpu", mesh=there), **fields)
+    return dataclasses.replace(Target.of("cpu", layout="stacked", mesh=there), **fields)
+
+
+def found(llm: LLM, prompts: list[list[int]]) -> list[tuple[list[int], Any]]:
+    """One after the other: a prompt goes around a ring alone."""
+    return [(out.token_ids, out.logprobs) for prompt in prompts for out in llm.generate([prompt], [FIRST])]
+
+
+@functools.cache
+def alone(model: str, prompts: Any, **settings: Any) -> list[tuple[list[int], Any]]:
+    llm = model_of(MODELS[model], "", **settings)
+    wanted = found(llm, prompts())
+    llm.close()
+    return wanted
+
+
+def compare(some: Any, wanted: Any) -> None:
+    for (tokens, told), (others, by_one) in zip(some, wanted, strict=True):
+        assert tokens == others
+        for each, other in zip(told, by_one, strict=True):
+            assert each.keys() == other.keys()
+            np.testing.assert_allclose(list(each.values()), [other[token] for token in each], atol=1e-5)
 
 
 def test_where_rows_are_shared_out() -> None:
-    alone, tp, both = Target.of("cpu"), target_of("tp=4", shares=16), target_of("sp=2,tp=2", shares=16)
-    assert shares_of(512, 512, alone) == shares_of(512, 512, target_of("tp=4")) == Shares()  # a CPU's devices gain nothing
+    one, tp, both = Target.of("cpu"), target_of("tp=4", shares=16), target_of("sp=2,tp=2", shares=16)
+    assert shares_of(512, 512, one) == shares_of(512, 512, target_of("tp=4")) == Shares()  # a CPU's devices gain nothing
     assert shares_of(64, 64, tp) == Shares(("tp",)) and shares_of(72, 72, tp) == Shares()
     assert shares_of(32, 32, tp) == shares_of(512, 1, tp) == Shares()  # too few, and decoding
     assert shares_of(64, 64, both) == Shares(("sp", "tp"), ("sp",))
     assert shares_of(48, 48, both) == Shares(("sp",), ("sp",)) and shares_of(40, 40, both) == Shares()
 
 
+def ordinary() -> list[list[int]]:
+    return [*PROMPTS, [*PROMPTS[0][:32], 9, 9, 9]]
+
+
 @pytest.mark.parametrize(
-    ("model", "mesh", "settings"),
-    [
-        ("window", "tp=4", {"layout": "stacked"}),
-        ("window", "sp=2,tp=2", {}),
-        ("moe", "ep=2,tp=2", {"quantize": "int8"}),
-        ("moe", "pp=2,tp=2", {}),
-    ],
-    ids=str,
+    ("model", "mesh", "quantize"),
+    [("all", "sp=2,tp=2", None), ("moe", "ep=2,tp=2", "int8"), ("moe", "pp=2,tp=2", None)],
 )
-def test_rows_over_the_devices_of_heads_change_no_logits(model: str, mesh: str, settings: dict[str, str], shares: None) -> None:
-    quantized = {name: value for name, value in settings.items() if name == "quantize"}
-    one, cut = model_of(SMALL[model], "", chunk=32, **quantized), model_of(SMALL[model], mesh, chunk=32, **settings)
-    compare(cut, scores(one))
-    for llm in (one, cut):
-        llm.close()
+def test_rows_over_the_devices_of_heads_change_nothing(model: str, mesh: str, quantize: str | None, shares: None) -> None:
+    how = dict(slots=8, chunk=24, quantize=quantize, layout="stacked")  # steps of 32 rows
+    cut = model_of(MODELS[model], mesh, **how)
+    compare(found(cut, ordinary()), alone(model, ordinary, **how))
+    assert {"mixed_32"} == {name for name in cut.stats()["programs"] if "mixed" in name} and cut.stats()["prefix_hit_tokens"] > 0
+    cut.close()
 
 
-def test_rows_over_the_devices_of_heads_change_no_tokens(shares: None) -> None:
-    """In mixed steps; steps of one token each are as they were."""
-    runs = []
-    for mesh in ("", "tp=2"):
-        llm = model_of(SMALL["moe"], mesh, slots=16, pages=40)
-        runs.append([output.token_ids for output in llm.generate(PROMPTS, PARAMS)])
-        assert llm.stats()["programs"].keys() >= {"mixed_32"}
-        llm.close()
-    assert runs[0] == runs[1]
-
-
-@pytest.mark.parametrize(("model", "mesh"), [("tiny", "tp=4"), ("tiny_moe", "ep=2,tp=2")])
-def test_a_layers_two_sums_are_cut_in_halves(model: str, mesh: str, shares: None) -> None:
-    text = program(from_toml(model), mesh, "logprobs")
+def test_a_layers_two_sums_are_cut_in_halves(shares: None) -> None:
+    """Of a dense model and one with experts; each half gives a device its share, or all rows again. Decoding is as it was."""
+    c = dataclasses.replace(MOE, num_layers=2, moe_layers=(True, False))
+    text = program(c, "ep=2,tp=2", "logprobs")
     layer = [each for scope in ("attention", "mlp") for each in collectives(text, scope)]
-    assert Counter(each.kind for each in layer) == {"all-gather": 2, "reduce-scatter": 2}
+    assert Counter(each.kind for each in layer) == {"all-gather": 4, "reduce-scatter": 4}  # two layers are a pattern
     assert {each.shapes for each in layer} == {((32, 128),), ((8, 128),)}
-    assert Counter(each.kind for each in collectives(program(from_toml(model), mesh, "decode"), "mlp")) == {"all-reduce": 1}
+    lowered = []
+    for least in (0, 8):
+        engine = Engine(c, EngineConfig(slots=8, context=64), target_of("ep=2,tp=2", shares=least))
+        lowered.append(engine.programs.lower(engine.declared.decode[-1]).as_text())
+    assert lowered[0] == lowered[1]
 
 
-# Around a ring --------------------------------------------------------------------------------------------------
+def around() -> list[list[int]]:
+    """Prompts of lengths that fill the ring or not, in one chunk or in more; the second finds the first in the cache."""
+    made = [[(5 * i * i + i * length) % 500 + 3 for i in range(length)] for length in (64, 33, 32, 17, 5)]
+    return [made[0], [*made[0], *made[2]], *made[1:]]
 
 
-def served(llm: LLM, prompts: list[list[int]]) -> list[tuple[list[int], Any]]:
-    """One after the other: a prompt goes around alone."""
-    return [(out.token_ids, out.logprobs) for prompt in prompts for out in llm.generate([prompt], [GREEDY])]
+def test_prompts_around_a_ring() -> None:
+    """With a layer that has a window and one that sees all positions, experts, and learned sinks."""
+    how: dict[str, Any] = dict(chunk=32, context=128, pages=32, layout="stacked")
+    cut = model_of(MODELS["all"], "sp=2,tp=2", **how)
+    compare(found(cut, around()), alone("all", around, **how))
+    assert ring_rows(cut.engine.c, cut.settings, cut.target) == 32
+    stats = cut.stats()
+    assert {name for name in stats["programs"] if "mixed" in name} == {"mixed_40", "mixed_32_ring"}
+    assert stats["compiles_after_warmup"] == 0 and stats["prefix_hit_tokens"] > 0
+    cut.close()
 
 
-@pytest.mark.parametrize(
-    ("model", "mesh", "settings"),
-    [("window", "sp=2", {"layout": "stacked"}), ("moe", "sp=2,tp=2", {}), ("window", "sp=4", {"chunk": 64})],
-    ids=str,
-)
-def test_prompts_around_a_ring(model: str, mesh: str, settings: dict[str, Any]) -> None:
-    """Of lengths that fill the ring or not, in one chunk or in several, and begun anew behind what is found in the cache."""
-    how = dict(chunk=32, context=128, pages=32) | settings
-    kept = {name: value for name, value in how.items() if name != "layout"}
-    one, cut = model_of(SMALL[model], "", **kept), model_of(SMALL[model], mesh, **how)
-    prompts = [[(5 * i * i + i * length) % 500 + 3 for i in range(length)] for length in (64, 49, 33, 32, 17, 5, 71)]
-    prompts.append([*prompts[0], *prompts[3]])
-    for (tokens, told), (wanted, by_one) in zip(served(cut, prompts), served(one, prompts), strict=True):
-        assert tokens == wanted
-        for each, other in zip(told, by_one, strict=True):
-            assert each.keys() == other.keys()
-            np.testing.assert_allclose(list(each.values()), [other[token] for token in each], atol=1e-5)
-    ring = ring_rows(cut.engine.c, cut.settings, cut.target)
-    assert ring == how["chunk"] and f"mixed_{ring}_ring" in cut.stats()["programs"]
-    assert cut.stats()["compiles_after_warmup"] == 0 and cut.stats()["prefix_hit_tokens"] > 0
-    for llm in (one, cut):
-        llm.close()
+def test_who_goes_around_a_ring() -> None:
+    c, asked = from_toml("tiny"), EngineConfig(slots=2, context=64, chunk=40, page_size=8)
+    rows = lambda target=target_of("sp=2"), c=c, **how: ring_rows(c, dataclasses.replace(asked, **how), target)
+    assert rows() == 64 and rows(chunk=64) == 64 and rows(chunk=31) == 0  # chunks of zigzag order are whole pages
+    assert rows(Target.of("cpu")) == rows(target_of("pp=2,sp=2")) == rows(kv_dtype="bfloat16") == rows(kv_dtype="int8") == 0
+    assert rows(c=from_toml("deepseek_v3")) == 0
