@@ -85,8 +85,7 @@ def shares_of(rows: int, q_max: int, target: Target) -> Shares:
     each = lambda axes: rows / math.prod(target.mesh.shape[name] for name in axes)
     if q_max == 1 or not (pages or heads):
         return Shares()
-    least = target.shares
-    if heads and least and each((*pages, *heads)) >= least and each((*pages, *heads)) % ROWS == 0:
+    if heads and 0 < target.shares <= rows and each((*pages, *heads)) % ROWS == 0:
         return Shares((*pages, *heads), pages)
     return Shares(pages, pages) if pages and each(pages) % ROWS == 0 else Shares()
 

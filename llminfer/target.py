@@ -16,7 +16,7 @@ CHIPS = {
 }
 
 RULES = Rules()
-LEAST_SHARE = 8  # of a TPU; see Target.shares
+LEAST_SHARED = 128  # of a TPU: with fewer rows norms take no longer than the start of two more exchanges
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Target:
     branch at no cost; not on a GPU, where the host waits to read what it depends on. debug: lengths and page ids are checked on the
     device too. mesh: a jax.sharding.Mesh, or None for one device. rules: what of an array is split over which of its axes. device: the one
     without a mesh; None: the first. exchange: how tokens go to the devices of their experts where that moves less than a sum (moe.py):
-    "ragged" (TPU), "padded" (for tests on a CPU), "" never. shares: rows of a device from which on a chunk's rows are shared out over the
-    devices of heads, between products (spread.py); 0: never. expert_copies: see EngineConfig. in_stage: what is computed runs on the
+    "ragged" (TPU), "padded" (for tests on a CPU), "" never. shares: rows of a step from which on they are shared out over the devices of
+    heads, between products (spread.py); 0: never. expert_copies: see EngineConfig. in_stage: what is computed runs on the
     devices of one stage of a pipeline."""
 
     platform: str
@@ -73,7 +73,7 @@ class Target:
             mesh=mesh,
             device=device,
             exchange="ragged" if platform == "tpu" else "",
-            shares=LEAST_SHARE if platform == "tpu" else 0,
+            shares=LEAST_SHARED if platform == "tpu" else 0,
         )
 
     def over(self, axis: str) -> tuple[str, ...]:

@@ -15,10 +15,11 @@ from test_mesh import PROMPTS, model_of, program
 from llminfer import LLM, SamplingParams, stages
 from llminfer.config import EngineConfig, from_toml
 from llminfer.engine import Engine
-from llminfer.spread import Shares, ring_rows, shares_of
+from llminfer.spread import Shares, _pairs, ring_rows, shares_of
 from llminfer.target import Target
 from sharding.collectives import collectives
 from sharding.mesh import make_meshes, parse_mesh
+from sharding.ring import attend_tiles
 
 pytestmark = [pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices"), pytest.mark.usefixtures("compiled_fast")]
 # A token of each prompt: one program compiles for that. What was cached is read by the next chunk, and behind a prefix.
@@ -65,7 +66,7 @@ def compare(some: Any, wanted: Any) -> None:
 
 
 def test_where_rows_are_shared_out() -> None:
-    one, tp, both = Target.of("cpu"), target_of("tp=4", shares=16), target_of("sp=2,tp=2", shares=16)
+    one, tp, both = Target.of("cpu"), target_of("tp=4", shares=48), target_of("sp=2,tp=2", shares=48)
     assert shares_of(512, 512, one) == shares_of(512, 512, target_of("tp=4")) == Shares()  # a CPU's devices gain nothing
     assert shares_of(64, 64, tp) == Shares(("tp",)) and shares_of(72, 72, tp) == Shares()
     assert shares_of(32, 32, tp) == shares_of(512, 1, tp) == Shares()  # too few, and decoding
@@ -119,6 +120,19 @@ def test_prompts_around_a_ring() -> None:
     assert {name for name in stats["programs"] if "mixed" in name} == {"mixed_40", "mixed_32_ring"}
     assert stats["compiles_after_warmup"] == 0 and stats["prefix_hit_tokens"] > 0
     cut.close()
+
+
+def test_a_kernel_looks_at_two_chunks() -> None:
+    """The same chunk, or one before; the prompt may end in it."""
+    how: dict[str, Any] = dict(scale=0.3, softcap=5.0)
+    rng, target = np.random.default_rng(0), dataclasses.replace(Target.of("tpu", chip="v5e"), kernels="interpret")
+    q, k, v = (rng.standard_normal((32, heads, 16), np.float32) for heads in (4, 2, 2))
+    look = jax.jit(_pairs(32, target, how)["attend"])
+    for places in ((32, 32, 96), (64, 32, 96), (32, 32, 37), (64, 0, 70)):
+        q_first, k_first, length = map(np.int32, places)
+        wanted, real = attend_tiles(q, k, v, q_first, k_first, length, **how), slice(0, max(0, length - q_first))
+        for one, other in zip(look(q, k, v, q_first, k_first, length), wanted, strict=True):
+            np.testing.assert_allclose(one[real], other[real], atol=1e-5)
 
 
 def test_who_goes_around_a_ring() -> None:
