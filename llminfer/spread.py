@@ -32,6 +32,7 @@ from llminfer.config import EngineConfig, ModelConfig
 from llminfer.target import Target
 from pallas_kernels.dealt import held
 from pallas_kernels.flash_attention import flash_attention
+from sharding.mesh import in_two_rows
 from sharding.ring import ring_attention, to_owners, zigzag_order
 from sharding.sequence import merge_over
 
@@ -79,14 +80,23 @@ class Shares:
     projections: tuple[str, ...] = ()
 
 
+def sharing_step(rows: int, target: Target) -> int:
+    """What pieces of about so many rows should be multiples of, so that they can be shared out over the devices of heads too."""
+    step = ROWS * target.ways("pages") * target.ways("heads")
+    shares = shares_of(-(-rows // step) * step, rows, target)
+    return ROWS if shares.stream == shares.projections else step
+
+
 def shares_of(rows: int, q_max: int, target: Target) -> Shares:
-    """How a step's rows are shared out: over sp wherever they can be; over the devices of heads too where target.shares says so."""
+    """How a step's rows are shared out: over sp wherever they can be; over the devices of heads too where target.shares says so, and sums
+    in parts cost a TPU half as much as whole ones."""
     pages, heads = target.over("pages"), target.over("heads")
     each = lambda axes: rows / math.prod(target.mesh.shape[name] for name in axes)
     if q_max == 1 or not (pages or heads):
         return Shares()
-    if heads and 0 < target.shares <= rows and each((*pages, *heads)) % ROWS == 0:
-        return Shares((*pages, *heads), pages)
+    every = (*pages, *heads)
+    if heads and 0 < target.shares <= rows and each(every) % ROWS == 0 and in_two_rows(target.mesh, every):
+        return Shares(every, pages)
     return Shares(pages, pages) if pages and each(pages) % ROWS == 0 else Shares()
 
 

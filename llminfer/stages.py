@@ -22,7 +22,7 @@ from llminfer.config import ModelConfig
 from llminfer.params import Params
 from llminfer.scheduler import Plan
 from llminfer.spread import deal as deal_pages
-from llminfer.spread import shared_out, shares_of
+from llminfer.spread import shared_out, shares_of, sharing_step
 from llminfer.target import Target
 from sharding import pipeline
 from sharding.pipeline import Schedule
@@ -33,7 +33,8 @@ LEAST_ROWS = {"tpu": 128, "gpu": 128, "cpu": 8}
 
 def rows_of_piece(tokens: int, target: Target) -> int:
     """How many rows of a step of so many tokens go through the stages together."""
-    return pipeline.piece_rows(tokens, target.stages, LEAST_ROWS[target.platform])
+    least = LEAST_ROWS[target.platform]
+    return pipeline.piece_rows(tokens, target.stages, least, sharing_step(least, target))
 
 
 def decode_schedule(rows: int, target: Target) -> Schedule:

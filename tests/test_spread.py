@@ -15,6 +15,8 @@ from test_mesh import PROMPTS, model_of, program
 from llminfer import LLM, SamplingParams, stages
 from llminfer.config import EngineConfig, from_toml
 from llminfer.engine import Engine
+from llminfer.programs import Declared
+from llminfer.scheduler import Item, Plan
 from llminfer.spread import Shares, _pairs, ring_rows, shares_of
 from llminfer.target import Target
 from sharding.collectives import collectives
@@ -136,8 +138,12 @@ def test_a_kernel_looks_at_two_chunks() -> None:
 
 
 def test_who_goes_around_a_ring() -> None:
-    c, asked = from_toml("tiny"), EngineConfig(slots=2, context=64, chunk=40, page_size=8)
-    rows = lambda target=target_of("sp=2"), c=c, **how: ring_rows(c, dataclasses.replace(asked, **how), target)
+    c, asked, sp = from_toml("tiny"), EngineConfig(slots=2, context=64, chunk=40, page_size=8), target_of("sp=2")
+    rows = lambda target=sp, c=c, **how: ring_rows(c, dataclasses.replace(asked, **how), target)
     assert rows() == 64 and rows(chunk=64) == 64 and rows(chunk=31) == 0  # chunks of zigzag order are whole pages
     assert rows(Target.of("cpu")) == rows(target_of("pp=2,sp=2")) == rows(kv_dtype="bfloat16") == rows(kv_dtype="int8") == 0
     assert rows(c=from_toml("deepseek_v3")) == 0
+    declared = Declared(asked, sp, 8, 1, 64)
+    plan = lambda *items: declared.of(Plan(tuple(Item(None, *item, 0) for item in items))).name  # type: ignore[arg-type]
+    taken = [plan((0, 32)), plan((0, 40)), plan((0, 31)), plan((8, 40)), plan((0, 32), (9, 1))]
+    assert taken == ["mixed_64_ring", "mixed_64_ring", "mixed_40", "mixed_40", "mixed_40"]
