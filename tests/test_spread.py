@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections import Counter
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from test_mesh import PROMPTS, model_of, program
 
-from llminfer import LLM, SamplingParams, stages
+from llminfer import LLM, SamplingParams, placement, stages
 from llminfer.config import EngineConfig, from_toml
 from llminfer.engine import Engine
-from llminfer.programs import Declared
+from llminfer.programs import Declared, Programs
 from llminfer.scheduler import Item, Plan
 from llminfer.spread import Shares, _pairs, ring_rows, shares_of
 from llminfer.target import Target
@@ -147,3 +149,41 @@ def test_who_goes_around_a_ring() -> None:
     plan = lambda *items: declared.of(Plan(tuple(Item(None, *item, 0) for item in items))).name  # type: ignore[arg-type]
     taken = [plan((0, 32)), plan((0, 40)), plan((0, 31)), plan((8, 40)), plan((0, 32), (9, 1))]
     assert taken == ["mixed_64_ring", "mixed_64_ring", "mixed_40", "mixed_40", "mixed_40"]
+
+
+@pytest.mark.tpu_compile
+def test_a_tpu_computes_while_a_ring_turns() -> None:
+    """Llama-3-8B's shapes for v5e:2x2: loops of kernels between the start and the end of each transfer, the cache in place, and nothing but
+    keys and values exchanged for attention."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    ((mesh, _),) = make_meshes({"sp": 4}, devices)
+    c = dataclasses.replace(from_toml("llama3_8b"), num_layers=2)
+    settings = EngineConfig(slots=2, context=4096, chunk=1024)
+    target = placement.fitted(c, settings, Target.of("tpu", chip="v5e", mesh=mesh))
+    cache = placement.abstract_cache(c, settings, target, (512,))
+    shapes = (placement.abstract_params(c, settings, target), cache, placement.abstract_history(settings, target, 4096))
+    programs = Programs(c, target, shapes, most=8)
+    (program,) = Declared(settings, target, 256, 1, ring_rows(c, settings, target)).ring
+    compiled = programs.lower(program).compile()
+    programs.close()
+    between = [each for each in transfers(compiled.as_text()) if "attention" in each[0]]
+    assert len(between) == 2 and all(" while(" in lines for _, lines in between)
+    assert compiled.memory_analysis().alias_size_in_bytes >= placement.device_bytes(cache)
+    moved = collectives(compiled.as_text(), "attention")
+    assert Counter(each.kind for each in moved) == {"collective-permute": 2, "all-to-all": 1}
+    assert {np.prod(each.shapes[0]) for each in moved} == {256 * 8 * 128, 256 * 8 * 256}  # a device's keys, and its keys and values
+
+
+def transfers(text: str) -> list[tuple[str, str]]:
+    """(a transfer's line, the lines between its start and its end) of a compiled program."""
+    found = []
+    for computation in text.split("\n\n"):
+        lines, started = computation.splitlines(), {}
+        for number, line in enumerate(lines):
+            if begins := re.search(r"%(\S+) = .* collective-permute-start\(", line):
+                started[begins[1]] = number
+            elif ends := re.search(r"collective-permute-done\([^)]*%([\w.-]+)\)", line):
+                first = started[ends[1]]
+                found.append((lines[first], "\n".join(lines[first + 1 : number])))
+    return found
