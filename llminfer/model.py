@@ -195,7 +195,7 @@ def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: Model
 
 def owned(batch: Batch) -> jax.Array:
     """bool [T]: which rows belong to a sequence."""
-    row = order_of(batch)[:, None]
+    row = (jnp.arange(batch.tokens.shape[0]) if batch.ring == 1 else order_of(batch))[:, None]
     return ((row >= batch.q_start) & (row < batch.q_start + batch.q_len)).any(1)
 
 

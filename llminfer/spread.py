@@ -126,11 +126,10 @@ def by_devices(attend: Any, batch: Batch, c: ModelConfig, target: Target, shares
     axis, partition = None if c.kv_rank else "kv_heads", target.partition
     queries, new, over = partition((None, "heads", None)), partition((None, axis, None)), target.over("pages")
 
-    order = order_of(batch)
-
     def whole(q: Any, k: Any, v: Any, kv: Any, rows: dict[str, Any]) -> Any:
         if batch.ring == 1:
             return attend(q, k, v, kv, **rows)
+        order = order_of(batch)
         plain = lambda x: None if x is None else x[np.argsort(order)]
         rows = rows | ({"q_sinks": plain(rows["q_sinks"])} if "q_sinks" in rows else {})
         out, *cache = attend(plain(q), plain(k), plain(v), kv, **rows)
@@ -179,9 +178,8 @@ def in_ring_order(batch: Batch, target: Target) -> Batch:
 
 
 def order_of(batch: Batch) -> np.ndarray:
-    """int [T]: which row of the order in which sequences follow each other each row is."""
-    rows = batch.tokens.shape[0]
-    return zigzag_order(rows, batch.ring) if batch.ring > 1 else np.arange(rows)
+    """int [T]: which row of the order in which tokens follow each other each row of a batch in ring order is."""
+    return zigzag_order(batch.tokens.shape[0], batch.ring)
 
 
 def _around_ring(attend: Any, target: Target, how: dict[str, Any]) -> Any:
