@@ -24,6 +24,7 @@ class Batch:
     positions [T]. reach [T]: length of the sequence as far as it is known: its prompt's, or the context's where that is longer.
     q_start, q_len, kv_len [R] and tables (one [R, pages a sequence] a page group): as paged_attention.
     slots [R]: the slot of each sequence. draws [R]: 1 where a token is to be drawn after the sequence's last row.
+    ring: in a program, over how many devices rows are in zigzag order, which are then those of one sequence from its first on; 1: as said.
     """
 
     tokens: Any
@@ -36,6 +37,7 @@ class Batch:
     draws: Any
     tables: tuple[Any, ...]
     sampling: SamplingBatch
+    ring: int = flax.struct.field(pytree_node=False, default=1)
 
 
 @flax.struct.dataclass
@@ -61,7 +63,7 @@ class BatchShape:
 def pack(items: Sequence[Item], shape: BatchShape) -> Batch:
     """The NumPy Batch of a plan's items; rows beyond them belong to nobody. Tokens of chunks come before single ones, so that the first
     chunk begins a kernel's tile. Device memory is not touched."""
-    ints = {name: np.zeros(shape.rows, np.int32) for name in ("q_start", "q_len", "kv_len", "slots", "draws")}
+    ints: dict[str, Any] = {name: np.zeros(shape.rows, np.int32) for name in ("q_start", "q_len", "kv_len", "slots", "draws")}
     tokens, positions, reach = (np.zeros(shape.tokens, np.int32) for _ in range(3))
     tables = tuple(np.zeros((shape.rows, shape.pages), np.int32) for _ in range(shape.groups))
     sampling = no_sampling(shape.rows)

@@ -29,6 +29,7 @@ from llminfer.programs import Declared, Program, Programs, count_compiles
 from llminfer.request import MAX_STOPS, FinishReason, Logprobs, Request, SamplingParams, Sequence
 from llminfer.sampler import request_key
 from llminfer.scheduler import Item, Plan, Scheduler
+from llminfer.spread import ring_rows
 from llminfer.step import NOTHING
 from llminfer.target import Target
 from llminfer.text import TextStream
@@ -78,7 +79,7 @@ class Engine:
             placement.abstract_cache(c, settings, target, totals),
             placement.abstract_history(settings, target, self.context),
         )
-        self.declared = Declared(settings, target, self.pages.pages_for(self.context), len(c.groups))
+        self.declared = Declared(settings, target, self.pages.pages_for(self.context), len(c.groups), ring_rows(c, settings, target))
         routing = placement.abstract_routing(c, target)
         self.programs = Programs(self.c, target, self._shapes, settings.decode_steps, progress, routing)
         self.cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._shapes[1]))

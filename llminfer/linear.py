@@ -22,6 +22,7 @@ from pallas_kernels.quantized_matmul import quantize_rows, quantized_matmul, qua
 from pallas_kernels.quantized_matmul_gpu import eight_bit_sums, gated_matmul_gpu, quantized_matmul_gpu, run, tiles_for_gated, tiles_for_rows
 from pallas_kernels.round_gpu import ACTIVATIONS, round_gpu
 from pallas_kernels.weight_formats import LANES, packed
+from sharding.sequence import sum_rows
 
 FP8 = jnp.float8_e4m3fn
 Norm = tuple[jax.Array, jax.Array | None]  # weight and bias
@@ -36,6 +37,15 @@ class Sum:
     y: jax.Array
     by: Any = None
     across: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+class Shared(NamedTuple):
+    """How rows lie of a product whose sums over devices are shared out: x has its share over the mesh axes `before`, what is given over
+    `after`, which begin with those. axis: the logical one that is summed over."""
+
+    axis: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
 
 
 class Rounded(NamedTuple):
@@ -61,14 +71,15 @@ def linear(
     act: bool = False,
     residual: jax.Array | None = None,
     into: Any = None,
-    across: bool = False,
+    shared: Shared | None = None,
 ) -> Any:
     """residual + act(norm(x) @ w + bias) of x [T, in], each part if asked for: before, the norm's weights; act, the mlp's activation,
     of the first half times the second where the model's mlp is gated. On a GPU all of it is one kernel for one row; for others the residual
     comes back as a Sum, to be given to `entered`, and what goes into weights that multiply 8-bit tokens (`into`) may come back Rounded.
-    across: a mesh splits the rows of w; where each device runs a program of its own, they add up what theirs gave."""
-    if across and target.sums:
+    shared: where the rows of w are split over devices, and how rows lie then; None: every device has all of both."""
+    if shared is not None and target.sums:
         return _across(x, w, c, target, bias, residual)
+    shared = shared if shared is not None and shared.after else None
     plain = bias is None and (before is None or (c.norm == "rms" and before[1] is None)) and (residual is None or c.residual_scale == 1)
     gate = c.activation if act else None
     if plain and isinstance(w, Turned) and (not act or c.gated) and _one_row(x, w.w, target, gate):
@@ -90,7 +101,7 @@ def linear(
         parts = _parts(x, w.w, target)
         if parts is not None:
             return Sum(residual, parts)
-    return _finish(matmul(x, w, target), c, target, bias=bias, act=act, residual=residual)
+    return _finish(matmul(x, w, target, shared=shared), c, target, bias=bias, act=act, residual=residual)
 
 
 def _across(x: Any, w: Any, c: ModelConfig, target: Target, bias: Any, residual: Any) -> Any:
@@ -183,30 +194,53 @@ def _one_row(x: jax.Array, w: jax.Array, target: Target, gate: str | None = None
     return fits and _ours(x, w, target)
 
 
-def matmul(x: jax.Array, w: Any, target: Target, out: Any = None) -> jax.Array:
+def matmul(x: jax.Array, w: Any, target: Target, out: Any = None, shared: Shared | None = None) -> jax.Array:
     """x [T, in] times w [in, out] (an array, Turned, a QTensor, or Stacked QTensor), summed in float32. out: None for x's dtype.
+    shared: as in `linear`.
 
     A TPU multiplies quantized weights as they are, by the kernel that picks a layer out of its stack. On a CPU, where a conversion of
     the weights costs more than it saves, x is rounded to int8 by token whenever a channel has one scale."""
+    if shared is not None and isinstance(w, (Turned, QTensor, Stacked)) and not _in_shards(w, target):  # XLA is to find a way
+        return target.pinned(matmul(x, w, target, out), jax.sharding.PartitionSpec(shared.after))
     if isinstance(w, Turned):
         return rows_product(x, w.w, target, out or x.dtype)
     if not isinstance(w, (QTensor, Stacked)):
-        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        y = lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-        return y.astype(out or x.dtype)
+        return _product(x, w, out or x.dtype) if shared is None else _shared_product(x, w, out or x.dtype, target, shared)
     whole, layer = stack_of(w)
     if whole.by_token and whole.q.dtype == FP8 and not whole.turned:  # no product of fp8 alone: the rounded numbers as they are
         q, amount = quantize_rows(x, FP8)
         x, whole = (q.astype(jnp.float32) * amount).astype(x.dtype), replace(whole, by_token=False)
     if not whole.turned:  # whose product has the type of x
         x = x.astype(out or x.dtype)
-    if whole.turned or target.body != "reference":
+    if _by_kernels(whole, target):
         kernel = functools.partial(_turned_product, out=out) if whole.turned else _by_kernel
         product = functools.partial(kernel, by_token=whole.by_token, target=target)
-        return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target)
+        return product(x, whole.q, whole.scale, layer) if target.mesh is None else _by_shards(product, x, whole, layer, target, shared)
     if target.platform == "cpu" and whole.scale.shape[-2] == 1 and whole.q.dtype == jnp.int8:
         return _int8_on_cpu(x, w if isinstance(w, QTensor) else jax.tree.map(lambda leaf: leaf[layer], whole))
     return quantized_matmul_reference(x, whole.q, whole.scale, layer=layer, quantize_x=whole.by_token)
+
+
+def _by_kernels(whole: QTensor, target: Target) -> bool:
+    return whole.turned or target.body != "reference"
+
+
+def _in_shards(w: Any, target: Target) -> bool:
+    """Whether each device of a mesh multiplies its part of quantized weights by itself."""
+    return isinstance(w, (QTensor, Stacked)) and _by_kernels(stack_of(w)[0], target)
+
+
+def _product(x: jax.Array, w: jax.Array, out: Any) -> jax.Array:
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    y = lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return y.astype(out)
+
+
+def _shared_product(x: jax.Array, w: jax.Array, out: Any, target: Target, shared: Shared) -> jax.Array:
+    """The product with a part of `in` on each device. Left to itself XLA adds up float32, for twice the bytes."""
+    over, spec = target.over(shared.axis), jax.sharding.PartitionSpec
+    body = lambda x, w: sum_rows(_product(x, w, out), over, shared.after[len(shared.before) :])
+    return target.split(body, (spec(shared.before or None, over or None), spec(over or None)), spec(shared.after))(x, w)
 
 
 def head_product(x: jax.Array, head: Any, target: Target) -> jax.Array:
@@ -249,18 +283,19 @@ def _by_kernel(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array, *
     return quantized_matmul(x, q, scale, layer=layer, quantize_x=by_token, chip=target.chip, impl=target.kernels)
 
 
-def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, target: Target) -> jax.Array:
+def _by_shards(product: Any, x: jax.Array, w: QTensor, layer: jax.Array, target: Target, shared: Shared | None = None) -> jax.Array:
     """The product with w split over the mesh as its axes say, since a kernel is not split by XLA: columns give columns, and what rows
     give is added up. With by_token each part of a row has a scale of its own."""
     rows, columns = target.partition(w.axes)
-    spec, stored = jax.sharding.PartitionSpec, split_specs(w, w.axes, target)
+    stored, over = split_specs(w, w.axes, target), target.over(w.axes[-2])
+    before, after = (shared.before or None, shared.after) if shared else (None, ())
 
     def body(x: jax.Array, q: jax.Array, scale: jax.Array, layer: jax.Array) -> jax.Array:
         y = product(x, q, scale, layer)
-        return y if rows is None else lax.psum(y, rows)
+        return sum_rows(y, over, after[len(before or ()) :]) if after else lax.psum(y, over) if over else y
 
-    specs = (spec(None, rows), stored.q, stored.scale, spec())
-    return target.split(body, specs, spec(None, columns))(x, w.q, w.scale, layer)
+    spec = jax.sharding.PartitionSpec
+    return target.split(body, (spec(before, rows), stored.q, stored.scale, spec()), spec(after or None, columns))(x, w.q, w.scale, layer)
 
 
 def split_specs(w: Any, axes: tuple[str, ...], target: Target) -> Any:

@@ -16,10 +16,10 @@ from llminfer.by_device import on_each, runs_alone
 from llminfer.cache import KVCache, ScaledPages
 from llminfer.config import ModelConfig
 from llminfer.layers import norm, qk_norm, query_temperature, rope_tables, softcap, unit_norm
-from llminfer.linear import Norm, add, entered, head_product, linear, rows_times
+from llminfer.linear import Norm, Shared, add, entered, head_product, linear, rows_times
 from llminfer.params import Layer, Params
 from llminfer.quant import QTensor, Stacked
-from llminfer.spread import by_devices, deal, shared_out, shares_rows
+from llminfer.spread import by_devices, deal, entering, gathered, order_of, shared_out, shares_of
 from llminfer.target import Target
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.rope import rotate
@@ -28,10 +28,10 @@ from pallas_kernels.rope import rotate
 def forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, target: Target, q_max: int) -> tuple[jax.Array, KVCache]:
     """Hidden states after the final norm, [T, D], and the cache with the batch's keys and values in it.
     q_max: static bound of batch.q_len (1: decode)."""
-    if shares_rows(batch.tokens.shape[0], q_max, target):  # XLA would share out what is shipped, too
-        rows = (shared_out(x, target, whole=True) for x in (batch.tokens, batch.positions, batch.reach))
-        batch = replace(batch, **dict(zip(("tokens", "positions", "reach"), rows, strict=True)))
+    shares = shares_of(batch.tokens.shape[0], q_max, target)
+    batch = entering(batch, shares, target)
     x = embed(params, batch, c, target)
+    x = shared_out(x, shares.stream, target) if shares.stream else x
     body = functools.partial(layers, q_max=q_max)
     if runs_alone(c, target):
         return on_each(body, c, target)(replace(params, embed=None, lm_head=None, positions=None), x, cache, batch)
@@ -159,6 +159,7 @@ def run_layer(w: Layer, x, kv, at, *, batch: Batch, ropes, c: ModelConfig, targe
     with jax.named_scope("attention"):
         turns = ropes[rope :: len(c.ropes)] if rope >= 0 else (None, None)
         x, *read = entered(x, _attn_norm(w, c), c, target, w.qkv, w.peers)
+        stream = shares_of(x.shape[0], q_max, target).stream
         attended, kv = _attention(w, (x, *read), kv, index, turns, batch, c, target, q_max, kind)
     if not c.parallel:
         x = add(x, norm(attended, w.attn_post_norm, None, c), c) if c.post_norm else attended
@@ -166,9 +167,10 @@ def run_layer(w: Layer, x, kv, at, *, batch: Batch, ropes, c: ModelConfig, targe
         own = _attn_norm(w, c) if c.shared_norm or not c.pre_norm else (w.mlp_norm, w.mlp_norm_bias)
         x, y, before = entered(x, own, c, target, w.gate_up, w.peers)
         if w.router is None:
-            y = _mlp(y, before, w.gate_up, w.down, w, c, target, x if _just_added(c) else None)
+            y, before = _gathered(y, before, (), stream, c, target)
+            y = _mlp(y, before, w.gate_up, w.down, w, c, target, stream, x if _just_added(c) else None)
         else:
-            y, used = _experts(y, before, w, batch, c, target, told)
+            y, used = _experts(y, before, w, batch, c, target, told, stream)
             y = add(x, y, c) if _just_added(c) else y
     if c.parallel:
         return add(x, attended + y, c), kv, used
@@ -184,13 +186,23 @@ def _just_added(c: ModelConfig) -> bool:
     return not (c.parallel or c.post_norm)
 
 
-def _mlp(x: jax.Array, before: Norm | None, gate_up: Any, down: Any, w: Layer, c: ModelConfig, target: Target, residual: Any = None):
+def _gathered(y: Any, before: Norm | None, over: tuple[str, ...], stream: tuple[str, ...], c: ModelConfig, target: Target):
+    """What a block reads of a stream that is shared out: normed where it lies, then shared out over `over` only. Of another, as it is."""
+    if not stream:
+        return y, before
+    y = y if before is None else norm(y, before[0], before[1], c)
+    return gathered(y, stream, over, target), None
+
+
+def _mlp(x: jax.Array, before: Norm | None, gate_up: Any, down: Any, w: Layer, c: ModelConfig, target: Target, stream, residual=None):
+    """stream: over which axes rows are to be shared out."""
     y = linear(x, gate_up, c, target, bias=w.gate_up_bias, before=before, act=True, into=down if w.down_bias is None else None)
-    return linear(y, down, c, target, bias=w.down_bias, residual=residual, across=True)
+    return linear(y, down, c, target, bias=w.down_bias, residual=residual, shared=Shared("mlp", (), stream))
 
 
-def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: ModelConfig, target: Target, told: Any):
-    """What the experts of each token give, and those that all tokens share; and tokens of each slot [1, S]."""
+def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: ModelConfig, target: Target, told: Any, stream):
+    """What the experts of each token give, and those that all tokens share; and tokens of each slot [1, S]. stream: as in _mlp."""
+    x, before = _gathered(x, before, (), stream, c, target)
     x = x if before is None else norm(x, before[0], before[1], c)
     told, shared = jax.tree.map(lambda x: x[0], told), None
     if w.shared_gate_up is not None:
@@ -199,13 +211,13 @@ def _experts(x: jax.Array, before: Norm | None, w: Layer, batch: Batch, c: Model
         precision = jax.lax.Precision.HIGHEST
         gate = jnp.dot(x, w.shared_router, precision=precision, preferred_element_type=jnp.float32)
         shared = rows_times(shared, jax.nn.sigmoid(gate)[:, None])
-    y, used = moe.experts(x, owned(batch), w, c, target, told, shared)
+    y, used = moe.experts(x, owned(batch), w, c, target, told, shared, stream)
     return y, used[None]
 
 
 def owned(batch: Batch) -> jax.Array:
     """bool [T]: which rows belong to a sequence."""
-    row = jnp.arange(batch.tokens.shape[0])[:, None]
+    row = (jnp.arange(batch.tokens.shape[0]) if batch.ring == 1 else order_of(batch))[:, None]
     return ((row >= batch.q_start) & (row < batch.q_start + batch.q_len)).any(1)
 
 
@@ -214,8 +226,8 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
     entry: what `entered` gave. turns: the rope table, and that of queries for the sinks."""
     x, y, before = entry
     group, rope = kind
-    shared = shares_rows(x.shape[0], q_max, target)
-    y = shared_out(y, target) if shared else y
+    shares = shares_of(x.shape[0], q_max, target)
+    y, before = _gathered(y, before, shares.projections, shares.stream, c, target)
     project = latent.project if c.kv_rank else _projected if _taken_apart_later(c, target, group) else _project
     q, k, v, rest = project(w, y, before, turns if c.sinks[group] else turns[:1], c, target)
     if c.qk_norm == "unit" and rope >= 0:
@@ -223,13 +235,14 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
     if c.query_floor and rope < 0:
         q = (q * query_temperature(batch.positions, c)).astype(q.dtype)
     scale = c.head_dim**-0.5 if c.attn_scale is None else c.attn_scale
-    asked = dict(scale=scale, softcap=c.attn_softcap, sinks=c.sinks[group], q_max=q_max, debug=target.debug, chip=target.chip)
+    how = dict(scale=scale, softcap=c.attn_softcap)
+    asked: dict[str, Any] = how | dict(sinks=c.sinks[group], q_max=q_max, debug=target.debug, chip=target.chip)
     # In a context of one chunk no token sees another chunk: it is a window, which kernels have.
     page_size = jax.tree.leaves(kv)[0].shape[3]
     asked |= dict(value_dim=c.kv_rank or None, chunked=c.chunked and 0 < c.groups[group] < batch.tables[group].shape[1] * page_size)
     attend = functools.partial(paged_attention, **asked, impl=target.kernels)
     if target.mesh is not None:  # a kernel is not split by XLA: each device attends with its own kv heads
-        attend = by_devices(attend, c, target, shared)
+        attend = by_devices(attend, batch, c, target, shares, how)
     rows: dict[str, Any] = dict(page_table=batch.tables[group], q_start=batch.q_start, q_len=batch.q_len, kv_len=batch.kv_len)
     rows |= dict(layer=index, window=jnp.int32(c.groups[group]), **rest)
     rows |= {} if w.sink_logits is None else dict(sink_logits=w.sink_logits)
@@ -240,9 +253,9 @@ def _attention(w: Layer, entry, kv, index, turns, batch: Batch, c: ModelConfig, 
         y, kv = attend(q, k, v, kv, **rows)
     y = latent.values(y, w, c) if c.kv_rank else y
     y = y.reshape(x.shape[0], -1)
-    y = shared_out(y, target) if shared else y
-    y = linear(y, w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None, across=True)
-    return shared_out(y, target, whole=True) if shared else y, kv
+    y = shared_out(y, shares.projections, target) if shares.projections else y
+    how_rows = Shared("heads", shares.projections, shares.stream)
+    return linear(y, w.o, c, target, bias=w.o_bias, residual=x if _just_added(c) else None, shared=how_rows), kv
 
 
 def _project(w: Layer, y, before: Norm | None, turns, c: ModelConfig, target: Target) -> tuple[Any, Any, Any, dict[str, Any]]:

@@ -21,6 +21,7 @@ from llminfer.params import Layer
 from llminfer.quant import QTensor, stack_of
 from llminfer.target import Target
 from pallas_kernels.grouped_matmul import grouped_matmul, takes
+from sharding.sequence import sum_rows
 
 MOST_V5E = 16  # chips of a v5e slice whose compiler knows the ragged exchange
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu", "clamped": "clamped"}  # of ModelConfig -> of grouped_matmul
@@ -52,7 +53,7 @@ def _in_best_groups(scores: jax.Array, c: ModelConfig) -> jax.Array:
 
 
 def experts(
-    x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target, told: Any = None, shared: Any = None
+    x: jax.Array, live: jax.Array, w: Layer, c: ModelConfig, target: Target, told: Any = None, shared: Any = None, stream: Any = ()
 ) -> tuple[jax.Array, jax.Array]:
     """(the weighted sum of what its experts make of each token, [T, D] of x's dtype, zeros where live [T] is False; how many tokens came
     to each slot, int32 [S]). told: see balance.slots_of; None: slots are experts. shared: what `linear` made of all tokens for the second
@@ -61,7 +62,8 @@ def experts(
     Of a layer's weights, experts_gate_up [E, D, 2 * M] and experts_down [E, M, D] are an array, a QTensor, or either Stacked, as their
     biases may be. A mesh splits the experts, and the columns of each: a device works on all tokens of its own experts, and the sums are
     added up, those of the shared expert with them; or, where `exchanges` says so, each device has a share of the tokens, sends them to
-    where their experts are, and gets them back."""
+    where their experts are, and gets them back. stream: the mesh axes over which rows of what is given are to be shared out (spread.py);
+    (): all are everywhere."""
     weights, chosen = route(x, w.router, w.router_bias, c)
     slots = c.num_experts + c.expert_copies
     chosen = jnp.where(live[:, None], chosen if told is None else slots_of(chosen, live, told), slots)
@@ -73,10 +75,10 @@ def experts(
         y = _own_experts(x, weights, chosen, held, layer, jnp.int32(0), used, c=c, target=target)
         return y if shared is None else y + linear(shared, w.shared_down, c, target), used
     more = None if shared is None else (shared, w.shared_down)
-    return _on_mesh(x, weights, chosen, held, layer, used, more, c, target), used
+    return _on_mesh(x, weights, chosen, held, layer, used, more, c, target, stream), used
 
 
-def _on_mesh(x, weights, chosen, held: list[Any], layer, used, more: Any, c: ModelConfig, target: Target) -> jax.Array:
+def _on_mesh(x, weights, chosen, held: list[Any], layer, used, more: Any, c: ModelConfig, target: Target, stream: Any) -> jax.Array:
     """`experts` where a mesh splits them. more: `shared` and the matrix that it is multiplied with."""
     over, columns, wide = target.over("experts"), target.over("expert_mlp"), target.over("mlp") if more else ()
     every = rows = target.partition(())
@@ -85,6 +87,8 @@ def _on_mesh(x, weights, chosen, held: list[Any], layer, used, more: Any, c: Mod
         rows = jax.sharding.PartitionSpec(over)
     parts = columns if exchange else (*over, *columns)  # what a device's sums are parts of
     body = functools.partial(_exchanged if exchange else _own_experts, c=c, target=target)
+    behind = stream[len(over) :] if exchange and stream[: len(over)] == over else () if exchange else stream
+    found = jax.sharding.PartitionSpec((*over, *behind) if exchange else behind or None)
 
     def shard(x, weights, chosen, held, layer, used, more) -> jax.Array:
         first = lax.axis_index(over) * jax.tree.leaves(held)[0].shape[1] if over else jnp.int32(0)
@@ -96,16 +100,16 @@ def _on_mesh(x, weights, chosen, held: list[Any], layer, used, more: Any, c: Mod
             hidden = lax.dynamic_slice_in_dim(hidden, lax.axis_index(over) * len(y), len(y)) if exchange else hidden
             ours = matmul(hidden, matrix, replace(target, mesh=None))
             y = _once(y, _without(wide, parts)) + _once(ours, _without(parts, wide))
-        return lax.psum(y, (*parts, *_without(wide, parts)))
+        return sum_rows(y, (*parts, *_without(wide, parts)), behind)
 
     how = None if more is None else (target.partition((None, "mlp")), split_specs(more[1], ("mlp", "embed"), target))
     specs: Any = (rows, rows, rows, _split(held, target), every, every, how)
-    split = target.split(shard, specs, rows)
-    if not exchange:
+    split = target.split(shard, specs, found)
+    if not exchange and not stream:
         return split(x, weights, chosen, held, layer, used, more)
     # Else XLA cuts all that has to do with tokens into shares, and moves the pieces of a batch about at each step.
     x, weights, chosen = (target.pinned(each, every) for each in (x, weights, chosen))
-    return target.pinned(split(x, weights, chosen, held, layer, used, more), every)
+    return target.pinned(split(x, weights, chosen, held, layer, used, more), jax.sharding.PartitionSpec(stream or None))
 
 
 def _without(axes: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:

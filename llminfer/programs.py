@@ -41,25 +41,27 @@ _counting: ContextVar[list[int] | None] = ContextVar("counting", default=None)
 
 @dataclass(frozen=True)
 class Program:
-    """kind: mixed | decode | logits | logprobs | history | experts; shape: its static sizes; plain: see llminfer.step."""
+    """kind: mixed | decode | logits | logprobs | history | experts; shape: its static sizes; plain, ring: see llminfer.step."""
 
     kind: str
     shape: BatchShape
     plain: bool = False
+    ring: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.kind}_{self.shape.tokens}" + ("_plain" if self.plain else "")
+        return f"{self.kind}_{self.shape.tokens}" + ("_ring" if self.ring else "") + ("_plain" if self.plain else "")
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What an engine may ever run. pages: of a sequence; groups: of pages."""
+    """What an engine may ever run. pages: of a sequence; groups: of pages; ring_rows: see spread.py."""
 
     settings: EngineConfig
     target: Target
     pages: int
     groups: int
+    ring_rows: int = 0
 
     def _program(self, kind: str, tokens: int, rows: int) -> Program:
         return Program(kind, BatchShape(tokens, rows, self.pages, self.groups))
@@ -71,6 +73,11 @@ class Declared:
         slots, chunk = self.settings.slots, self.settings.chunk
         sizes = {min(32, chunk) + slots, chunk + slots} | ({chunk} if slots * 16 >= chunk > 32 + slots else set())
         return [self._program("mixed", -(-size // 8) * 8, slots) for size in sorted(sizes)]
+
+    @functools.cached_property
+    def ring(self) -> list[Program]:
+        """One, where there are rows for a ring."""
+        return [replace(self._program("mixed", self.ring_rows, self.settings.slots), ring=True)] if self.ring_rows else []
 
     @functools.cached_property
     def decode(self) -> list[Program]:
@@ -101,18 +108,24 @@ class Declared:
         """What serving needs, the smaller first."""
         first, *rest = self.mixed
         last = [self.writer, *([self.mover] if self.settings.expert_copies else [])]
-        return [*self._variants(first, self.decode[0], *rest, *self.decode[1:]), *last]
+        return [*self._variants(first, self.decode[0], *rest, *self.ring, *self.decode[1:]), *last]
 
     def expected(self, tokens: int, sequences: int) -> list[Program]:
         """What prompts of so many tokens and so many sequences at once need; 0 for none."""
         chunks = {tokens % self.settings.chunk, min(tokens, self.settings.chunk)} - {0}
         decode = [_fit(self.decode, sequences)] if sequences else []
-        return self._variants(*(_fit(self.mixed, n) for n in sorted(chunks)), *decode)
+        ring = self.ring if self._goes_around(min(tokens, self.settings.chunk)) else []
+        return self._variants(*(_fit(self.mixed, n) for n in sorted(chunks)), *ring, *decode)
 
     def of(self, plan: Plan) -> Program:
-        """The smallest program that does a plan."""
+        """The smallest program that does a plan; around a ring where a prompt begins with a chunk that fills half of it, alone."""
         program = _fit(self.decode, len(plan.items)) if plan.steps else _fit(self.mixed, sum(item.count for item in plan.items))
+        if not plan.steps and len(plan.items) == 1 and plan.items[0].start == 0 and self._goes_around(plan.items[0].count):
+            (program,) = self.ring
         return replace(program, plain=self._is_plain(plan))
+
+    def _goes_around(self, count: int) -> bool:
+        return count > 1 and 2 * count >= self.ring_rows > 0
 
     def _variants(self, *programs: Program) -> list[Program]:
         """Each program, where branches cost something after the plain one."""
@@ -203,8 +216,7 @@ class Programs:
         keywords: dict[str, Any] = {}
         if program.kind == "decode":
             extra, keywords = (pack_loop(Plan(()), program.shape.rows),), {"most": self.most}
-        if program.plain:
-            keywords["plain"] = True
+        keywords |= {name: True for name in ("plain", "ring") if getattr(program, name)}
         if program.kind == "logprobs":
             extra = (np.zeros(program.shape.tokens, np.int32), np.int32(0))
         function = functools.partial(function, c=self.c, target=self.target, **keywords)

@@ -22,6 +22,7 @@ from llminfer.config import ModelConfig
 from llminfer.params import Params
 from llminfer.scheduler import Plan
 from llminfer.spread import deal as deal_pages
+from llminfer.spread import shared_out, shares_of, sharing_step
 from llminfer.target import Target
 from sharding import pipeline
 from sharding.pipeline import Schedule
@@ -32,7 +33,8 @@ LEAST_ROWS = {"tpu": 128, "gpu": 128, "cpu": 8}
 
 def rows_of_piece(tokens: int, target: Target) -> int:
     """How many rows of a step of so many tokens go through the stages together."""
-    return pipeline.piece_rows(tokens, target.stages, LEAST_ROWS[target.platform])
+    least = LEAST_ROWS[target.platform]
+    return pipeline.piece_rows(tokens, target.stages, least, sharing_step(least, target))
 
 
 def decode_schedule(rows: int, target: Target) -> Schedule:
@@ -110,7 +112,10 @@ def stage(weights: Any, state: Any, x: jax.Array, batch: Batch, c: ModelConfig, 
     batch = replace(batch, tables=deal_pages(batch, KVCache(groups), c, inside))
     how: dict[str, Any] = dict(batch=batch, ropes=model.ropes_of(batch, c), c=c, target=inside, q_max=q_max)
     layer = functools.partial(model.run_layer, **how)
+    stream = shares_of(x.shape[0], q_max, inside).stream
+    x = shared_out(x, stream, inside) if stream else x
     x, groups, used = model.run_stacked(stacked, x, list(groups), layer, c, routing, [], alone=True)
+    x = shared_out(x, (), inside) if stream else x
     return x, (tuple(groups), counts + used[0] if used else counts)
 
 
@@ -128,6 +133,7 @@ def listed(params: Params, x, cache: KVCache, used: list[Any], batch: Batch, c: 
         place = (jnp.int32(0), of_layers(cache.routing, sum(map(len, used)), 1))
         x, caches[at], counted = model.run_layer(params.listed[at], x, caches[at], place, kind=kind, **how)
         used = used if counted is None else [*used, counted]
+    x = shared_out(x, (), target) if shares_of(x.shape[0], q_max, target).stream else x
     return x, replace(cache, around=tuple(caches)), used
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llminfer import model, stages
 from llminfer.batch import Batch, Loop
@@ -22,19 +23,30 @@ from llminfer.config import ModelConfig
 from llminfer.params import Params
 from llminfer.request import MAX_LOGPROBS
 from llminfer.sampler import draw, greedy, top_logprobs
+from llminfer.spread import in_ring_order, order_of, shared_out
 from llminfer.target import Target
 
 # What the programs return where no token was drawn, and where a row's logits were not numbers.
 NOTHING, NOT_A_NUMBER = -1, -2
 
 
-def mixed_step(params: Params, cache: KVCache, history: jax.Array, batch: Batch, *, c: ModelConfig, target: Target, plain: bool = False):
+def mixed_step(
+    params: Params,
+    cache: KVCache,
+    history: jax.Array,
+    batch: Batch,
+    *,
+    c: ModelConfig,
+    target: Target,
+    plain: bool = False,
+    ring: bool = False,
+):
     """Chunks of prompts and single decode tokens together. Returns ((tokens int32 [R], what `sampler.draw` tells of them), cache,
-    history)."""
+    history). ring: there is one chunk, the first of its prompt; see spread.py."""
     rows, slots = batch.q_start.shape[0], history.shape[0]
     batch, history = _fill(batch, history)
     ends = jnp.clip(batch.q_start + batch.q_len - 1, 0, batch.tokens.shape[0] - 1)
-    hidden, cache = _forward(params, cache, batch, c, target, ends)
+    hidden, cache = _forward(params, cache, in_ring_order(batch, target) if ring else batch, c, target, ends)
     drew = batch.draws > 0
     # The chunks of a long prompt before the last draw nothing: no need to read the output head.
     nothing = (jnp.full(rows, NOTHING, jnp.int32), _said((rows,)))
@@ -185,7 +197,9 @@ def _forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, targe
     if target.stages > 1:
         return stages.forward(params, cache, batch, c, target, rows)
     hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
-    return (hidden if rows is None else hidden[rows]), cache
+    if rows is not None:
+        return hidden[rows if batch.ring == 1 else jnp.asarray(np.argsort(order_of(batch)))[rows]], cache
+    return (shared_out(hidden, (), target) if target.mesh is not None else hidden), cache
 
 
 def _fill(batch: Batch, history: jax.Array) -> tuple[Batch, jax.Array]:

@@ -16,6 +16,7 @@ CHIPS = {
 }
 
 RULES = Rules()
+LEAST_SHARED = 128  # of a TPU: with fewer rows norms take no longer than the start of two more exchanges
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Target:
     branch at no cost; not on a GPU, where the host waits to read what it depends on. debug: lengths and page ids are checked on the
     device too. mesh: a jax.sharding.Mesh, or None for one device. rules: what of an array is split over which of its axes. device: the one
     without a mesh; None: the first. exchange: how tokens go to the devices of their experts where that moves less than a sum (moe.py):
-    "ragged" (TPU), "padded" (for tests on a CPU), "" never. expert_copies: see EngineConfig. in_stage: what is computed runs on the
+    "ragged" (TPU), "padded" (for tests on a CPU), "" never. shares: rows of a step from which on they are shared out over the devices of
+    heads, between products (spread.py); 0: never. expert_copies: see EngineConfig. in_stage: what is computed runs on the
     devices of one stage of a pipeline. sums: the program is that of one device of several, and these are the mesh axes over which what the
     rows of a matrix give is still to be added up (by_device.py); peers: a kernel can do that, for these GPUs write each other's memory."""
 
@@ -42,6 +44,7 @@ class Target:
     rules: Rules = RULES
     device: Any = None
     exchange: str = ""
+    shares: int = 0
     expert_copies: int = 0
     in_stage: bool = False
     sums: tuple[str, ...] = ()
@@ -73,6 +76,7 @@ class Target:
             mesh=mesh,
             device=device,
             exchange="ragged" if platform == "tpu" else "",
+            shares=LEAST_SHARED if platform == "tpu" else 0,
         )
 
     def over(self, axis: str) -> tuple[str, ...]:

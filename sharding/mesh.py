@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,3 +45,13 @@ def make_meshes(sizes: dict[str, int], devices: Sequence[Any]) -> list[tuple[Mes
     names = [axis for axis in AXES if axis in sizes and axis != REPLICAS]
     blocks = np.array(devices[:need], dtype=object).reshape(sizes.get(REPLICAS, 1), *(sizes[axis] for axis in names))
     return [(Mesh(block, tuple(names)) if block.size > 1 else None, block.flat[0]) for block in map(np.asarray, blocks)]
+
+
+@functools.cache
+def in_two_rows(mesh: Mesh, axes: tuple[str, ...]) -> bool:
+    """Whether the TPUs along these axes of a mesh lie in one or two rows of a plane. Elsewhere (squares from 4 x 4, blocks of 2 x 2 x 2)
+    their compiler makes a sum for all of one of which each is to get a part (libtpu 0.0.42.1; LOG.md). True for what has no coordinates."""
+    groups = np.moveaxis(mesh.devices, [mesh.axis_names.index(name) for name in axes], range(len(axes)))
+    group = [getattr(device, "coords", (0, 0, 0)) for device in groups.reshape(*groups.shape[: len(axes)], -1)[..., 0].flat]
+    sizes = sorted(len(set(places)) for places in zip(*group, strict=True))
+    return math.prod(sizes[:-1]) <= 2

@@ -50,10 +50,10 @@ class Schedule:
         return number, number % self.period, number // self.period
 
 
-def piece_rows(rows: int, stages: int, least: int) -> int:
-    """How many rows a piece of a step of `rows` shall have, a multiple of 8: fewer make the bubble smaller, but a piece of less than
+def piece_rows(rows: int, stages: int, least: int, step: int = 8) -> int:
+    """How many rows a piece of a step of `rows` shall have, a multiple of `step`: fewer make the bubble smaller, but a piece of less than
     `least` rows takes as long as one of `least`, for a stage reads all of its weights for each piece."""
-    sizes = range(8, -(-rows // 8) * 8 + 1, 8)
+    sizes = range(step, -(-rows // step) * step + 1, step)
     return min(sizes, key=lambda size: (Schedule(stages, -(-rows // size)).ticks() * max(size, least), -size))
 
 

@@ -123,6 +123,26 @@ def ring_attention(
     return out.astype(q.dtype), lse
 
 
+def to_owners(x: Any, turn: Any, page: int, axis: str) -> Any:
+    """A prompt's rows in zigzag order, x [T / n, ...] of each device of a mesh axis, to where their pages are held: page i, of `page` rows,
+    on the device with turn i % n. turn: int32, of this device; one more on the next, around. Returns [T / n, ...]: the pages turn,
+    turn + n, ... in order. Raises ValueError unless chunks are whole pages; where they are a multiple of n pages, no padding is sent."""
+    n, me, rows = lax.axis_size(axis), lax.axis_index(axis), x.shape[0] // 2
+    if x.shape[0] != 2 * rows or rows % page:
+        raise ValueError(f"x has {x.shape[0]} rows: must be two chunks of whole pages, a multiple of {2 * page}")
+    pages = rows // page  # of a chunk
+    blocks = x.reshape(2, pages, page, *x.shape[1:])
+    chunk = jnp.stack([me, 2 * n - 1 - me])
+    # Of each device's pages in each chunk the first, and all n behind that; what is behind the chunk is not looked at.
+    theirs = (turn + jnp.arange(n)[:, None] - me - chunk * pages) % n  # [device, chunk]
+    at = jnp.minimum(theirs[..., None] + jnp.arange(0, -(-pages // n) * n, n), pages - 1)
+    came = lax.all_to_all(blocks[jnp.arange(2)[:, None], at], axis, 0, 0, tiled=True)
+    number = turn + n * jnp.arange(2 * pages)
+    of = number // pages
+    found = came[jnp.minimum(of, 2 * n - 1 - of), (of >= n).astype(jnp.int32), number % pages // n]
+    return found.reshape(x.shape)
+
+
 def attention(q: Any, k: Any, v: Any, *, scale: float, length: Any = None, window: Any = 0, softcap: float | None = None, tile: int = TILE):
     """The same on one device, in plain order, tile by tile: what ring_attention is compared with. q [T, Hq, D], k, v [T, Hkv, D];
     returns (out [T, Hq, D], lse float32 [T, Hq])."""

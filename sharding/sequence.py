@@ -7,6 +7,9 @@ keys merged into one, and tokens exchanged for heads.
 `all_to_all_attention`: every device has some of the tokens; they are exchanged so that each has all tokens of some heads, attends as
 one device would, and sends the results back (DeepSpeed-Ulysses: Jacobs et al., arXiv 2309.14509). It moves less than a ring where
 there are heads enough, and needs all keys of a head on one device.
+
+`sum_rows`: what is summed over devices between two products is left where each has its share of the tokens (Korthikanti et al.,
+arXiv 2205.05198), so that norms and residuals work on that.
 """
 
 from __future__ import annotations
@@ -48,6 +51,19 @@ def merge_over(out: Any, lse: Any, axis: Any, sink_logits: Any = None, *, scatte
         sink = sink_logits.astype(jnp.float32)
         merged, lse = merged * jax.nn.sigmoid(lse - sink)[..., None], jnp.logaddexp(lse, sink)
     return merged.astype(out.dtype), lse
+
+
+def sum_rows(y: Any, over: tuple[str, ...], rows: tuple[str, ...]) -> Any:
+    """The sum over the mesh axes `over` of each device's y [T, ...], of which each gets its share of the rows over the axes `rows`, the
+    first the coarsest: [T / their sizes, ...]; inside of shard_map. A sum for all moves twice as much."""
+    y = y.reshape(*(lax.axis_size(name) for name in rows), -1, *y.shape[1:])
+    for name in rows:
+        if name not in over:  # all of them have the same sum
+            y = lax.dynamic_index_in_dim(y, lax.axis_index(name), sum(each in over for each in rows[: rows.index(name)]), keepdims=False)
+    scattered, rest = tuple(name for name in rows if name in over), tuple(name for name in over if name not in rows)
+    y = y.reshape(-1, *y.shape[len(scattered) + 1 :])
+    y = lax.psum_scatter(y, scattered, scatter_dimension=0, tiled=True) if scattered else y
+    return lax.psum(y, rest) if rest else y
 
 
 def legal_ways(heads: int, kv_heads: int) -> list[int]:

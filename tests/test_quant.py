@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from llminfer import LLM
 from llminfer.errors import UserError
-from llminfer.linear import head_product, matmul
+from llminfer.linear import Shared, head_product, matmul
 from llminfer.quant import QTensor, Stacked, Turned, dequantize, maker, quantize_int4, quantize_int8, quantize_to_mxfp4
 from llminfer.target import Target, chip_of
 from pallas_kernels.quantized_matmul import quantize_rows
@@ -104,8 +104,13 @@ def test_a_mesh_splits_the_kernel(kind: str, axes: tuple[str, str], target: Targ
     target = dataclasses.replace(target, mesh=Mesh(np.array(jax.devices()[:2]), ("tp",)))
     x, w = random(4, 512, seed=3), random(2, 512, 256, seed=4)
     made, plain = (maker(kind, ("layers", *axes), 2 if axes[0] == "mlp" else 1, t)(w) for t in (target, CPU))
-    product = jax.jit(lambda x, w, layer: matmul(x, Stacked(w, layer), target))
-    y, full = product(x, made, jnp.int32(1)), np.asarray(x) @ dequantize(plain)[1]
+    whole = lambda x, w: matmul(x, w, target)
+    parts = lambda x, w: matmul(x, w, target, shared=Shared("mlp", (), ("tp",))) if axes[0] == "mlp" else None
+    product = jax.jit(lambda x, w, layer: [f(x, Stacked(w, layer)) for f in (whole, parts)])
+    (y, part), full = product(x, made, jnp.int32(1)), np.asarray(x) @ dequantize(plain)[1]
+    if axes[0] == "mlp":  # each device has its share of the rows of the same sum
+        assert part.sharding.shard_shape(y.shape) == (2, 256)
+        np.testing.assert_array_equal(part, y)
     close(y, full, {"w8a8": 0.02, "w8a8_fp8": 0.05}.get(kind, 1e-5))
     if axes[1] == "mlp":
         assert y.sharding.shard_shape(y.shape) == (4, 128)

@@ -28,9 +28,10 @@ def test_step_compiles_in_place(chip: str, model: str, quantize: str | None, kin
     assert good, line
 
 
-@pytest.mark.parametrize(("model", "once"), [("llama3_70b", False), ("mixtral_8x22b", True)])
-def test_large_models_compile_for_their_meshes(model: str, once: bool) -> None:
-    """Whole, for chips that hold them: two sums a layer, no weight moved. The others: compile_matrix.py --meshes."""
-    good, line = compile_meshes.row(model, "decode", once)
+@pytest.mark.parametrize(("model", "kind"), [("llama3_70b", "decode"), ("llama3_70b", "mixed"), ("mixtral_8x22b", "decode")])
+def test_large_models_compile_for_their_meshes(model: str, kind: str) -> None:
+    """Whole, for chips that hold them: two sums a layer, halved in chunks; no weight moved. The others: compile_matrix.py --meshes."""
+    good, line = compile_meshes.row(model, kind, once=True)
     print(line)
     assert good, line
+    assert ("2 all-gather, 2 reduce-scatter" in line) == (kind == "mixed")

@@ -112,6 +112,31 @@ def test_zigzag_and_back(devices: int) -> None:
     np.testing.assert_array_equal(where(), order)
 
 
+@pytest.mark.parametrize(("devices", "pages", "first"), [(4, 4, 1), (4, 3, 0), (2, 1, 1), (8, 9, 5)])
+def test_rows_come_to_the_owners_of_their_pages(devices: int, pages: int, first: int) -> None:
+    """pages: of a chunk, a multiple of the devices or not; first: the device of the first page."""
+    page, spec = 2, PartitionSpec("sp")
+    rows = np.arange(2 * devices * pages * page * 3).reshape(-1, 3)
+    turn = (np.arange(devices) - first) % devices
+    body = lambda x, turn: ring.to_owners(x, turn[0], page, "sp")
+    split = jax.shard_map(body, mesh=Mesh(np.array(jax.devices()[:devices]), ("sp",)), in_specs=spec, out_specs=spec, check_vma=False)
+    found = np.asarray(jax.jit(split)(ring.zigzag(rows, devices), turn.astype(np.int32)))
+    by_page = rows.reshape(-1, page, 3)
+    np.testing.assert_array_equal(found, np.concatenate([by_page[number::devices] for number in turn]).reshape(-1, 3))
+
+
+def test_chunks_that_are_no_whole_pages_cannot_be_sent() -> None:
+    split = jax.shard_map(
+        lambda x: ring.to_owners(x, 0, 4, "sp"),
+        mesh=Mesh(np.array(jax.devices()[:2]), ("sp",)),
+        in_specs=PartitionSpec("sp"),
+        out_specs=PartitionSpec("sp"),
+        check_vma=False,
+    )
+    with pytest.raises(ValueError, match=r"^x has 12 rows: must be two chunks of whole pages, a multiple of 8"):
+        jax.eval_shape(split, np.zeros((24, 1)))
+
+
 @pytest.mark.parametrize(("tokens", "devices", "legal"), [(0, 4, 8), (12, 4, 16), (17, 2, 20)])
 def test_tokens_that_cannot_be_dealt_out(tokens: int, devices: int, legal: int) -> None:
     with pytest.raises(ValueError, match=rf"^tokens={tokens}: must be a multiple of {2 * devices}, .*; next legal: {legal}$"):

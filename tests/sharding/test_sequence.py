@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from sharding import ring
-from sharding.sequence import all_to_all_attention, legal_ways, merge_over
+from sharding.sequence import all_to_all_attention, legal_ways, merge_over, sum_rows
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 
@@ -63,6 +63,24 @@ def test_parts_of_the_keys_merged_are_all_of_them(axis: Any, sinks: bool) -> Non
     out[0, 0, 1] = np.nan  # a number that is none on a device that has keys comes through, to its own row and head only
     bad = np.isnan(np.asarray(merged(out, lse)[0])).any(-1)
     assert bad[0, 1] and bad.sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("over", "rows"),
+    [(("ep", "tp"), ("sp", "ep", "tp")), (("tp",), ("tp", "sp")), (("ep", "sp", "tp"), ("sp",)), (("sp",), ()), ((), ("tp", "ep"))],
+)
+def test_a_sum_of_which_each_device_gets_its_rows(over: tuple[str, ...], rows: tuple[str, ...]) -> None:
+    """Split over axes that are summed over and axes that are not, in any order."""
+    spread, names = mesh((2, 2, 2), ("ep", "sp", "tp")), ("ep", "sp", "tp")
+    x = np.random.default_rng(0).integers(-9, 9, (2, 2, 2, 16, 3)).astype(np.float32)
+    others = tuple(0 for name in names if name not in over)  # where nothing is summed all have the same
+    x = np.broadcast_to(x[tuple(slice(None) if name in over else slice(1) for name in names)], x.shape)
+    body = lambda x: sum_rows(x[0, 0, 0], over, rows)
+    found = jax.jit(
+        jax.shard_map(body, mesh=spread, in_specs=PartitionSpec(*names), out_specs=PartitionSpec(rows or None), check_vma=False)
+    )(x)
+    wanted = x.sum(tuple(names.index(name) for name in over))[others]
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 4), (8, 2), (4, 1)])
