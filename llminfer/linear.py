@@ -40,8 +40,8 @@ class Sum:
 
 
 class Shared(NamedTuple):
-    """How rows lie of a product whose weights have their rows on several devices: x has its share over the mesh axes `before`, what is given
-    over `after`, which begin with those; (): all are everywhere. axis: the logical one that is summed over."""
+    """How rows lie of a product whose weights have their rows on several devices: x has its share over the mesh axes `before`, what is
+    given over `after`, which begin with those; (): all are everywhere. axis: the logical one that is summed over."""
 
     axis: str
     before: tuple[str, ...]
