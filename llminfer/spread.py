@@ -129,11 +129,11 @@ def by_devices(attend: Any, batch: Batch, c: ModelConfig, target: Target, shares
     def whole(q: Any, k: Any, v: Any, kv: Any, rows: dict[str, Any]) -> Any:
         if batch.ring == 1:
             return attend(q, k, v, kv, **rows)
-        order = order_of(batch)
-        plain = lambda x: None if x is None else x[np.argsort(order)]
+        places = places_of(batch)
+        plain = lambda x: None if x is None else x[places]
         rows = rows | ({"q_sinks": plain(rows["q_sinks"])} if "q_sinks" in rows else {})
         out, *cache = attend(plain(q), plain(k), plain(v), kv, **rows)
-        return out[order], *cache
+        return out[order_of(batch)], *cache
 
     def dealt(q: Any, k: Any, v: Any, kv: Any, rows: dict[str, Any]) -> Any:
         own = jax.tree.map(lambda x: x[0], rows["page_table"])
@@ -180,6 +180,11 @@ def in_ring_order(batch: Batch, target: Target) -> Batch:
 def order_of(batch: Batch) -> np.ndarray:
     """int [T]: which row of the order in which tokens follow each other each row of a batch in ring order is."""
     return zigzag_order(batch.tokens.shape[0], batch.ring)
+
+
+def places_of(batch: Batch) -> np.ndarray:
+    """int [T]: where in a batch in ring order each row is of the order in which tokens follow each other."""
+    return np.argsort(order_of(batch))
 
 
 def _around_ring(attend: Any, target: Target, how: dict[str, Any]) -> Any:

@@ -14,7 +14,6 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llminfer import model, stages
 from llminfer.batch import Batch, Loop
@@ -23,7 +22,7 @@ from llminfer.config import ModelConfig
 from llminfer.params import Params
 from llminfer.request import MAX_LOGPROBS
 from llminfer.sampler import draw, greedy, top_logprobs
-from llminfer.spread import in_ring_order, order_of, shared_out
+from llminfer.spread import in_ring_order, places_of, shared_out
 from llminfer.target import Target
 
 # What the programs return where no token was drawn, and where a row's logits were not numbers.
@@ -198,7 +197,7 @@ def _forward(params: Params, cache: KVCache, batch: Batch, c: ModelConfig, targe
         return stages.forward(params, cache, batch, c, target, rows)
     hidden, cache = model.forward(params, cache, batch, c, target, q_max=batch.tokens.shape[0])
     if rows is not None:
-        return hidden[rows if batch.ring == 1 else jnp.asarray(np.argsort(order_of(batch)))[rows]], cache
+        return hidden[rows if batch.ring == 1 else jnp.asarray(places_of(batch))[rows]], cache
     return (shared_out(hidden, (), target) if target.mesh is not None else hidden), cache
 
 

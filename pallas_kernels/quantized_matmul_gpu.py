@@ -136,9 +136,18 @@ def quantized_matmul_gpu(
 
 def tiles_for_rows(kind: str, many: int, columns: int, inner: int) -> Tiles | None:
     """What the kernel takes for so many rows, two or more, where it is faster than XLA's product."""
-    found = TUNED_ROWS.get((kind, inner, columns), {})
+    return _for_rows(TUNED_ROWS.get((kind, inner, columns), {}), many)
+
+
+def _for_rows(found: dict[int, Tiles], many: int) -> Tiles | None:
+    """Of a table by the most rows, those of the first size that has room."""
     at = next((most for most in (FEW_ROWS, 32, MOST_ROWS) if many <= most), 0)
     return found.get(at) if many > 1 else None
+
+
+def _block_rows(many: int) -> int:
+    """Of x, in a program."""
+    return max(8, min(MOST_ROWS, 1 << (many - 1).bit_length()))
 
 
 def _check(x, w, scale, minimum, quantize_x) -> tuple[str, int]:
@@ -378,23 +387,23 @@ def _kernel(*refs, site: Site):
     plgpu.store(out.at[part, pl.ds(first, site.many), rows], (acc if flip else acc.T).astype(out.dtype), mask=here)
 
 
-def _gated_kernel(x, w, out, *, site: Site, by: str):
-    """act(gate) * up of bfloat16, of which a program has as many rows each."""
-    tiles, wide, many = site.tiles, out.shape[1], out.shape[0]
-    half, first = tiles.rows // 2, pl.program_id(1) * site.many
+def _gated_kernel(x, w, out, *, tiles: Tiles, block: int, gate: str):
+    """act(gate) * up of bfloat16, of which a program has as many rows each. block: rows of x in a program."""
+    many, wide = out.shape
+    half, first = tiles.rows // 2, pl.program_id(1) * block
     columns = pl.program_id(0) * half
-    mine = None if many % site.many == 0 else (first + lax.iota(jnp.int32, site.many) < many)[:, None]
+    mine = None if many % block == 0 else (first + lax.iota(jnp.int32, block) < many)[:, None]
 
     def body(i, sums):
         k = pl.ds(i * tiles.depth, tiles.depth)
-        at = x.at[pl.ds(first, site.many), k]
-        left = load(at) if mine is None else load(at, mask=mine, other=jnp.zeros((), x.dtype))
+        at = x.at[pl.ds(first, block), k]
+        rows = load(at) if mine is None else load(at, mask=mine, other=jnp.zeros((), x.dtype))
         both = [load(w.at[pl.ds(columns + start, half), k]) for start in (0, wide)]
-        return [s + lax.dot_general(left, r, (((1,), (1,)), ((), ())), preferred_element_type=f32) for s, r in zip(sums, both, strict=True)]
+        return [s + lax.dot_general(rows, r, (((1,), (1,)), ((), ())), preferred_element_type=f32) for s, r in zip(sums, both, strict=True)]
 
-    gate, up = lax.fori_loop(0, w.shape[1] // tiles.depth, body, [jnp.zeros((site.many, half), f32)] * 2)
-    y = activate(gate, by) * up
-    plgpu.store(out.at[pl.ds(first, site.many), pl.ds(columns, half)], y.astype(out.dtype), mask=mine)
+    left, right = lax.fori_loop(0, w.shape[1] // tiles.depth, body, [jnp.zeros((block, half), f32)] * 2)
+    y = activate(left, gate) * right
+    plgpu.store(out.at[pl.ds(first, block), pl.ds(columns, half)], y.astype(out.dtype), mask=mine)
 
 
 def gated_matmul_gpu(x, w, gate: str, *, tiles: Tiles | None = None, interpret=False) -> jax.Array:
@@ -404,11 +413,10 @@ def gated_matmul_gpu(x, w, gate: str, *, tiles: Tiles | None = None, interpret=F
     tiles = tiles or tiles_for_gated(many, columns, inner)
     if tiles is None or x.dtype != bf16 or w.dtype != bf16 or columns % tiles.rows or inner % tiles.depth or gate not in ACTIVATIONS:
         raise ValueError(f"x {x.dtype} {x.shape}, w {w.dtype} {w.shape}, gate={gate!r}: must be bfloat16 of a shape that has tiles")
-    rows = max(8, min(MOST_ROWS, 1 << (many - 1).bit_length()))
-    site = Site("bfloat16", tiles, 0, rows, 0, interpret)
+    block = _block_rows(many)
     return pl.pallas_call(
-        functools.partial(_gated_kernel, site=site, by=gate),
-        grid=(columns // tiles.rows, pl.cdiv(many, rows)),
+        functools.partial(_gated_kernel, tiles=tiles, block=block, gate=gate),
+        grid=(columns // tiles.rows, pl.cdiv(many, block)),
         out_shape=jax.ShapeDtypeStruct((many, columns // 2), bf16),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
@@ -418,9 +426,7 @@ def gated_matmul_gpu(x, w, gate: str, *, tiles: Tiles | None = None, interpret=F
 
 def tiles_for_gated(many: int, columns: int, inner: int) -> Tiles | None:
     """What gated_matmul_gpu takes for so many rows where it is faster than a product and the gate after it. Tiles.rows: of both halves."""
-    found = TUNED_GATED.get((inner, columns), {})
-    at = next((most for most in (FEW_ROWS, 32, MOST_ROWS) if many <= most), 0)
-    return found.get(at) if many > 1 else None
+    return _for_rows(TUNED_GATED.get((inner, columns), {}), many)
 
 
 def arrange(x, kind, group):
@@ -437,7 +443,7 @@ def run(x, w, scale, tiles: Tiles, *, kind, layer: Any = 0, amount=None, out=Non
     many, inner = x.shape
     group = inner // scale.shape[1] if scale is not None and scale.shape[1] > 1 else 0
     halves = 2 if kind in FOUR_BITS else 1
-    rows = max(8, min(MOST_ROWS, 1 << (many - 1).bit_length()))
+    rows = _block_rows(many)
     site = Site(kind, tiles, group, rows, layer if isinstance(layer, int) else None, interpret, amount is not None)
     args = [arrange(x, kind, group), w, *([] if amount is None else [amount.reshape(-1)])]
     args += [] if scale is None else [scale.reshape(scale.shape[0], -1, halves if group else 1, scale.shape[2])]
