@@ -29,7 +29,7 @@ def parse_mesh(text: str, field: str = "mesh") -> dict[str, int]:
         if name not in AXES:
             raise ValueError(f"{field}={text!r}: axis {name!r} is not supported in this version; legal: {', '.join(AXES)}")
         if name in sizes:
-            raise ValueError(f"{field}={text!r}: axis {name!r} is there twice")
+            raise ValueError(f"{field}={text!r}: axis {name!r} is there twice; legal: each axis once")
         if not (size.isascii() and size.isdecimal() and len(size) < 10 and int(size)):
             raise ValueError(f"{field}={text!r}: {name} must be an integer >= 1")
         sizes[name] = int(size)
@@ -41,7 +41,8 @@ def make_meshes(sizes: dict[str, int], devices: Sequence[Any]) -> list[tuple[Mes
     ValueError when there are too few."""
     need = int(np.prod(list(sizes.values()), dtype=object))
     if need > len(devices):
-        raise ValueError(f"mesh of {need} devices: there are {len(devices)}")
+        legal = f"axes whose sizes multiply to {len(devices)} at most" if devices else "none"
+        raise ValueError(f"mesh of {need} devices: there are {len(devices)}; legal: {legal}")
     names = [axis for axis in AXES if axis in sizes and axis != REPLICAS]
     blocks = np.array(devices[:need], dtype=object).reshape(sizes.get(REPLICAS, 1), *(sizes[axis] for axis in names))
     return [(Mesh(block, tuple(names)) if block.size > 1 else None, block.flat[0]) for block in map(np.asarray, blocks)]

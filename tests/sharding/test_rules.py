@@ -25,7 +25,7 @@ def mesh(text: str) -> Mesh | None:
         ("tp=0", "tp must be an integer >= 1"),
         ("tp=" + "9" * 5000, "tp must be an integer >= 1"),
         ("tp", "tp must be an integer >= 1"),
-        ("tp=2,ep=512", "mesh of 1024 devices: there are 512"),
+        ("tp=2,ep=512", "mesh of 1024 devices: there are 512; legal: axes whose sizes multiply to 512 at most"),
         ("tp=3", "tp=3 does not divide num_heads=8; legal: 1, 2, 4, 8"),
         ("ep=3", "ep=3 does not divide num_experts=8; legal: 1, 2, 4, 8"),
     ],
