@@ -18,7 +18,7 @@ MESHES = {
     "mixtral_8x22b": ("v6e:4x4", "ep=8,tp=2"),
     "deepseek_v3": ("v5p:4x4x4", "ep=64"),
     "gpt_oss_120b": ("v5p:2x2x2", "tp=8"),
-    "llama3_405b": ("v5p:2x4x4", "tp=8,pp=4"),
+    "llama3_405b": ("v5p:4x4x4", "tp=8,pp=4"),
     "llama3_405b/tp": ("v5p:2x4x4", "tp=32"),
 }
 SLOTS, CONTEXT, PAGE, CHUNK = 64, 4096, 16, 512
